@@ -1,0 +1,49 @@
+# The one task vocabulary. `make demo` and `make test` set up all that they need.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3.11
+VENVS := $(if $(ORRERY_VENVS),$(ORRERY_VENVS),.venvs)
+export UV_PYTHON_DOWNLOADS := never
+export PYTHONWARNINGS ?= default
+
+.PHONY: help demo test test-faults up down status check lock bench environments test-environments clean
+
+help: ## Show this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+environments:
+	@$(PYTHON) docker/venv.py airflow ml spark
+
+test-environments:
+	@$(PYTHON) docker/venv.py --test airflow ml spark dev
+
+demo: environments ## Real flights through the whole loop in Airflow: land, train, promote, score
+	@$(PYTHON) docker/venv.py upstream
+	@$(VENVS)/airflow/bin/python include/demo/demo.py
+
+up: environments ## Start Airflow and MLflow on loopback
+	@$(VENVS)/airflow/bin/orrery up
+
+down: ## Stop both, and everything they started
+	@$(VENVS)/airflow/bin/orrery down
+
+status: ## Say what runs, where, and how to log in
+	@$(VENVS)/airflow/bin/orrery status
+
+test: test-environments ## Lint, types, architecture, and all tests
+	@$(VENVS)/dev/bin/python tests/run.py
+
+test-faults: test-environments ## The same with long fault counts
+	@ORRERY_FAULT_KILLS=$${ORRERY_FAULT_KILLS:-60} $(VENVS)/dev/bin/python tests/run.py --only faults
+
+check: environments ## Check every project: spec, features.py, model.py
+	@$(VENVS)/airflow/bin/orrery check
+
+lock: ## Resolve every environment's pins anew from pyproject.toml
+	@$(PYTHON) docker/venv.py --lock
+
+bench: test-environments ## Benchmarks against the obvious alternatives; ONLY=name for one
+	@$(VENVS)/dev/bin/python tests/benchmarks/run.py $(if $(ONLY),--only $(ONLY),)
+
+clean: down ## Remove all state (var/); environments stay
+	rm -rf var

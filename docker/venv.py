@@ -1,0 +1,169 @@
+"""Make the local environments: one virtual environment per `docker/<env>/requirements.txt`.
+
+    python3.11 docker/venv.py airflow ml spark     make or refresh those under .venvs/
+    python3.11 docker/venv.py --test airflow       with what the tests need inside it as well
+    python3.11 docker/venv.py --lock               write every requirements.txt anew from pyproject.toml
+
+Only the standard library is needed. uv is fetched into `.venvs/tools`. An environment whose
+requirements have not changed since it was made is left alone, so a second run takes no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENVS = Path(os.environ.get("ORRERY_VENVS", ROOT / ".venvs"))
+UV_VERSION = "0.13.9"
+ENVIRONMENTS = ("airflow", "ml", "spark")
+# torch is pinned by hand below: its CPU build carries a local version (2.13.0+cpu) and its CUDA
+# packages follow from it, so neither belongs in a file that both kinds of machine install.
+NOT_LOCKED = ("torch", "triton")
+CUDA = ("nvidia-", "cuda-")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("environments", nargs="*", metavar="ENV", help="airflow, ml, spark or dev")
+    parser.add_argument("--test", action="store_true", help="add tests/requirements.txt to each environment")
+    parser.add_argument("--lock", action="store_true", help="re-resolve every requirements.txt from pyproject.toml")
+    args = parser.parse_args()
+    known = (*ENVIRONMENTS, "dev")
+    for name in args.environments:
+        if name not in known:
+            parser.error(f"unknown environment {name!r}; known: {', '.join(known)}")
+    VENVS.mkdir(parents=True, exist_ok=True)
+    with (VENVS / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two makes at once would write into one environment
+        uv = fetch_uv()
+        if args.lock:
+            lock_all(uv)
+        for name in args.environments:
+            make(uv, name, with_tests=args.test and name != "dev")
+    return 0
+
+
+def fetch_uv() -> Path:
+    """Return the project's own uv, fetched by pip on first use (pip knows the user's index and proxies)."""
+    uv = VENVS / "tools" / "bin" / "uv"
+    stamp = VENVS / "tools" / ".uv-version"
+    if uv.exists() and stamp.exists() and stamp.read_text() == UV_VERSION:
+        return uv
+    subprocess.run([sys.executable, "-m", "venv", str(VENVS / "tools")], check=True)
+    pip = [str(VENVS / "tools" / "bin" / "python"), "-m", "pip", "install", "--quiet", f"uv=={UV_VERSION}"]
+    subprocess.run(pip, check=True, stderr=subprocess.DEVNULL if "-q" in sys.argv else None)
+    stamp.write_text(UV_VERSION)
+    return uv
+
+
+def pip_setting(name: str) -> str:
+    """Return pip's own setting `name` (the environment wins over the files), or an empty string."""
+    from_env = os.environ.get(f"PIP_{name.upper().replace('-', '_')}")
+    if from_env:
+        return from_env
+    got = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "get", f"global.{name}"], capture_output=True, text=True
+    )
+    return got.stdout.strip() if got.returncode == 0 else ""
+
+
+def uv_environment() -> dict[str, str]:
+    """Hand pip's configuration on to uv, which does not read it.
+
+    An extra index is left out: uv takes the first index that knows a package, pip the best of all of
+    them, so the same setting would mean something else. A find-links folder means the same to both.
+    """
+    env = dict(os.environ)
+    env.setdefault("UV_PYTHON_DOWNLOADS", "never")
+    env.setdefault("UV_LINK_MODE", "hardlink")
+    env.setdefault("UV_CACHE_DIR", str(VENVS / "cache"))
+    for pip_name, uv_name in (("index-url", "UV_DEFAULT_INDEX"), ("find-links", "UV_FIND_LINKS")):
+        value = pip_setting(pip_name)
+        if value:
+            env.setdefault(uv_name, value.replace("\n", " ").replace(" ", ",") if uv_name == "UV_FIND_LINKS" else value)
+    cert = pip_setting("cert")
+    if cert:
+        env.setdefault("SSL_CERT_FILE", cert)
+    return env
+
+
+def digest(files: list[Path]) -> str:
+    """Return the digest of what an environment is made of."""
+    h = hashlib.sha256(UV_VERSION.encode())
+    for file in files:
+        h.update(file.read_bytes())
+    return h.hexdigest()
+
+
+def make(uv: Path, name: str, *, with_tests: bool) -> None:
+    """Create or refresh `.venvs/<name>`; leave it alone when nothing changed."""
+    home = VENVS / name
+    python = home / "bin" / "python"
+    base = ROOT / "tests" / "dev.txt" if name == "dev" else ROOT / "docker" / name / "requirements.txt"
+    files = [base] + ([ROOT / "tests" / "requirements.txt"] if with_tests else [])
+    wanted = digest([*files, ROOT / "pyproject.toml"])
+    stamp = home / (".digest-test" if with_tests else ".digest")
+    if python.exists() and stamp.exists() and stamp.read_text() == wanted:
+        return
+    began = time.monotonic()
+    print(f"environment {name}: installing {', '.join(str(f.relative_to(ROOT)) for f in files)}", flush=True)
+    env = uv_environment()
+    # A stamp from before must not survive a half-finished refresh.
+    for old in home.glob(".digest*"):
+        old.unlink()
+    if not python.exists():
+        subprocess.run([str(uv), "venv", "-q", "--python", sys.executable, str(home)], check=True, env=env)
+    install = [str(uv), "pip", "install", "-q", "--compile-bytecode", "--python", str(python)]
+    for file in files:
+        install += ["-r", str(file)]
+    subprocess.run(install, check=True, env=env)
+    if name != "dev":
+        own = [str(uv), "pip", "install", "-q", "--no-deps", "--python", str(python), "-e", str(ROOT)]
+        subprocess.run(own, check=True, env=env)
+    stamp.write_text(wanted)
+    if with_tests:
+        (home / ".digest").write_text(digest([base, ROOT / "pyproject.toml"]))
+    print(f"environment {name}: ready in {time.monotonic() - began:.0f} s", flush=True)
+
+
+def lock_all(uv: Path) -> None:
+    """Resolve every environment anew. The files name no index, so they install from anyone's."""
+    env = uv_environment()
+    common = [str(uv), "pip", "compile", "-q", "--universal", "--python-version", "3.11"]
+    common += ["--no-emit-index-url", "--no-emit-find-links", "--no-header", "--no-annotate", "--upgrade"]
+    jobs = [(["--extra", e], ROOT / "docker" / e / "requirements.txt") for e in ENVIRONMENTS]
+    jobs.append((["--group", "dev"], ROOT / "tests" / "dev.txt"))
+    # What the tests add sits inside every environment, so it may not pull anything the environments pin.
+    jobs.append((["--group", "test"], ROOT / "tests" / "requirements.txt"))
+    for options, target in jobs:
+        print(f"locking {target.relative_to(ROOT)}", flush=True)
+        source = [] if "--group" in options else ["pyproject.toml"]
+        out = subprocess.run(
+            [*common, *options, *source], check=True, env=env, cwd=ROOT, capture_output=True, text=True
+        )
+        lines = [
+            line for line in out.stdout.splitlines() if not line.startswith((*CUDA, *(f"{n}==" for n in NOT_LOCKED)))
+        ]
+        if any(line.startswith("torch==") for line in out.stdout.splitlines()):
+            lines.append(next(line for line in pyproject_pins() if line.startswith("torch==")))
+        header = f"# Written by `make lock` from pyproject.toml ({' '.join(options)}). Do not edit."
+        target.write_text("\n".join([header, *sorted(lines)]) + "\n")
+
+
+def pyproject_pins() -> list[str]:
+    """Return the dependency strings of the `ml` extra."""
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return [str(d) for d in project["optional-dependencies"]["ml"]]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,142 @@
+"""The project folder as a content-addressed archive in the store: code travels with the run, not with the image."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import sys
+import tarfile
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+
+from orrery.errors import SpecError, UserError
+from orrery.store import Store
+
+MAX_BYTES = 20 << 20
+# Documents for people change no result, so they change no digest; caches are nobody's code.
+IGNORED_SUFFIXES = (".md", ".pyc", ".png")
+IGNORED_NAMES = ("__pycache__", "tests")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A project folder: its digest and the archive's bytes."""
+
+    digest: str
+    data: bytes
+
+
+def _files(folder: Path) -> list[Path]:
+    out = []
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        if any(p in IGNORED_NAMES or p.startswith(".") for p in parts) or path.suffix in IGNORED_SUFFIXES:
+            continue
+        if path.is_symlink():
+            raise SpecError(f"{path}: a project folder may hold no symbolic links", hint="copy the file")
+        if path.is_file():
+            out.append(path)
+    return out
+
+
+def pack(folder: Path) -> Bundle:
+    """Pack a project folder. The digest is sha256 over (path, sha256 of the bytes) of every file, sorted."""
+    files = _files(folder)
+    total = sum(f.stat().st_size for f in files)
+    if total > MAX_BYTES:
+        largest = max(files, key=lambda f: f.stat().st_size)
+        raise SpecError(
+            f"{folder}: {total:,} bytes; a project may have {MAX_BYTES:,}", hint=f"the largest file is {largest}"
+        )
+    stamp = tuple((str(f.relative_to(folder)), f.stat().st_mtime_ns, f.stat().st_size) for f in files)
+    return _pack(folder, stamp)
+
+
+@lru_cache(maxsize=256)
+def _pack(folder: Path, stamp: tuple[tuple[str, int, int], ...]) -> Bundle:
+    h, buffer = hashlib.sha256(), io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, _, _ in stamp:
+            data = (folder / name).read_bytes()
+            h.update(f"{name}\0{hashlib.sha256(data).hexdigest()}\n".encode())
+            info = tarfile.TarInfo(name)
+            info.size, info.mode = len(data), 0o644
+            tar.addfile(info, io.BytesIO(data))
+    return Bundle(h.hexdigest(), buffer.getvalue())
+
+
+def path_of(digest: str) -> str:
+    """Where a bundle lies in the store."""
+    return f"bundles/{digest}.tar"
+
+
+def push(store: Store, bundle: Bundle) -> None:
+    """Put a bundle into the store; one that is there already stays."""
+    if not store.exists(path_of(bundle.digest)):
+        store.put_if_absent(path_of(bundle.digest), bundle.data)
+
+
+def fetch(store: Store, digest: str, target: Path) -> Path:
+    """Unpack a bundle into `target`. Raises `UserError` when it is absent or its content has another digest."""
+    try:
+        data = store.read(path_of(digest))
+    except FileNotFoundError:
+        raise UserError(
+            f"{store.uri}/{path_of(digest)}: the project's bundle is gone", hint="start a new run"
+        ) from None
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            tar.extractall(target, filter="data")
+    except (tarfile.TarError, OSError) as e:
+        raise UserError(f"{store.uri}/{path_of(digest)}: not a bundle ({e})") from None
+    found = pack(target).digest
+    if found != digest:
+        raise UserError(
+            f"{store.uri}/{path_of(digest)}: its content has digest {found[:12]}, the run was planned with {digest[:12]}",
+            hint="the store was changed behind our back: delete that file and start a new run",
+        )
+    return target
+
+
+def load_module(folder: Path, project: str, module: str) -> ModuleType:
+    """Import `<folder>/<module>.py` as `orrery_project_<project>.<module>`; siblings import each other relatively."""
+    file = folder / f"{module}.py"
+    if not file.is_file():
+        raise SpecError(f"{file}: there is no such file", hint="a model project has features.py and model.py")
+    package = f"orrery_project_{project}"
+    if package not in sys.modules or getattr(sys.modules[package], "__path__", None) != [str(folder)]:
+        for name in [n for n in sys.modules if n == package or n.startswith(package + ".")]:
+            del sys.modules[name]
+        parent = ModuleType(package)
+        parent.__path__ = [str(folder)]
+        sys.modules[package] = parent
+    name = f"{package}.{module}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[name] = loaded
+    try:
+        spec.loader.exec_module(loaded)
+    except Exception as e:
+        del sys.modules[name]
+        line = _line_in(e, file)
+        raise SpecError(f"{file}{line}: {type(e).__name__}: {e}", hint="it must import in its environment") from e
+    return loaded
+
+
+def _line_in(error: BaseException, file: Path) -> str:
+    """Return `:line` of the deepest frame of `error` that is inside `file`."""
+    if isinstance(error, SyntaxError) and error.filename == str(file):
+        return f":{error.lineno}"
+    line, tb = "", error.__traceback__
+    while tb is not None:
+        if tb.tb_frame.f_code.co_filename == str(file):
+            line = f":{tb.tb_lineno}"
+        tb = tb.tb_next
+    return line

@@ -1,0 +1,212 @@
+"""The step contract: the config a step is given, the result it leaves, and the catalogue of verbs. Light.
+
+`orrery step --config URI --result URI` is the same argv on a laptop and in a pod. The config holds no
+secret; the result document is the truth and the exit code a hint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from orrery.store import Ref
+
+Status = Literal["done", "user", "try_again", "interrupted", "bug"]
+STATUS_OF_CODE: dict[int, Status] = {0: "done", 64: "user", 75: "try_again", 143: "interrupted"}
+
+
+class Params(BaseModel):
+    """Base of what one verb is told beyond its inputs; part of the fingerprint, but for the verb's `hints`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class SourceRef(BaseModel):
+    """One source of one partition, placeholders filled in. Credentials of a table come in the environment."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    uri: str | None = None
+    format: Literal["parquet", "csv"] | None = None
+    table: str | None = None
+    time_column: str | None = None
+    secret_env: str | None = None
+
+
+class IngestParams(Params):
+    """`ingest`: where each source of the partition is."""
+
+    sources: dict[str, SourceRef]
+
+
+class ValidateParams(Params):
+    """`validate` is told everything by the spec."""
+
+
+class MaterializeParams(Params):
+    """`materialize`: where the feature store is (a hint: it changes no feature)."""
+
+    feast_registry: str = ""
+    feast_online: str = ""
+    online: bool = False
+
+
+class TrainParams(Params):
+    """`train`: processes and seed are part of the weights; the rest comes from the spec and model.py."""
+
+    processes: int = 1
+    seed: int = 0
+    overrides: dict[str, Any] = Field(default_factory=dict)
+
+
+class EvaluateParams(Params):
+    """`evaluate`: seed of the bootstrap and its number of draws."""
+
+    seed: int = 0
+    draws: int = 1000
+
+
+class GateParams(Params):
+    """`gate` is told everything by the spec and the evaluation."""
+
+
+class RegisterParams(Params):
+    """`register`: who and why, for the registry's tags."""
+
+    actor: str = "unknown"
+    reason: str = ""
+
+
+class PromoteParams(Params):
+    """`promote` and `rollback`: the version wanted, and the one before."""
+
+    version: str
+    previous: str | None = None
+    actor: str = "unknown"
+    reason: str = ""
+
+
+class ScoreParams(Params):
+    """`score`: the model version that is written beside every score, and where Spark runs (hints)."""
+
+    model_version: str
+    spark_master: str = "local[*]"
+    spark_conf: dict[str, str] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One kind of step.
+
+    `module` holds `run(work, params)`; `effect` marks a step that drives something outside to a desired
+    state and so is never skipped; `dataset` is what its output is published as, per partition or window;
+    `scope` tells whether it works on a partition or a window; `hints` are params outside the fingerprint.
+    """
+
+    name: str
+    module: str
+    environment: str
+    params: type[Params]
+    scope: Literal["partition", "window"]
+    dataset: str | None = None
+    effect: bool = False
+    observes: bool = False
+    compute: str = "cpu-light"
+    hints: frozenset[str] = field(default_factory=frozenset)
+
+
+VERBS: dict[str, Verb] = {
+    v.name: v
+    for v in (
+        Verb(
+            "ingest",
+            "orrery.data.ingest",
+            "ml",
+            IngestParams,
+            "partition",
+            "raw",
+            observes=True,
+            hints=frozenset({"sources"}),
+        ),
+        Verb("validate", "orrery.data.validate", "ml", ValidateParams, "partition", "clean"),
+        Verb(
+            "materialize",
+            "orrery.features.materialize",
+            "ml",
+            MaterializeParams,
+            "partition",
+            "features",
+            hints=frozenset({"feast_registry", "feast_online", "online"}),
+        ),
+        Verb("train", "orrery.training.train", "ml", TrainParams, "window", "candidate", compute="cpu-small"),
+        Verb("evaluate", "orrery.evaluation.evaluate", "ml", EvaluateParams, "window", "evaluation"),
+        Verb("gate", "orrery.evaluation.gate", "ml", GateParams, "window", "verdict"),
+        Verb("register", "orrery.registry.register", "ml", RegisterParams, "window", effect=True),
+        Verb("promote", "orrery.registry.promote", "ml", PromoteParams, "window", effect=True),
+        Verb("rollback", "orrery.registry.rollback", "ml", PromoteParams, "window", effect=True),
+        Verb(
+            "score",
+            "orrery.scoring.score",
+            "spark",
+            ScoreParams,
+            "partition",
+            "scores",
+            compute="cpu-small",
+            hints=frozenset({"spark_master", "spark_conf"}),
+        ),
+    )
+}
+
+
+class StepConfig(BaseModel):
+    """Everything one attempt of a step is told. Frozen, small, no secret."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    version: Literal[1] = 1
+    project: str
+    verb: str
+    key: str = Field(description="The partition, or the window as first..last.")
+    partitions: tuple[str, ...] = Field(description="The partitions that the key covers.")
+    sample: float = Field(
+        1.0, gt=0, le=1, description="Share of the rows' keys, by hash; below 1 nothing is published."
+    )
+    params: dict[str, Any] = Field(default_factory=dict)
+    inputs: dict[str, tuple[Ref, ...]] = Field(default_factory=dict)
+    store: str
+    bundle: str = Field(description="Digest of the project folder.")
+    address: str | None = Field(None, description="Where the output is committed; none for effects and observations.")
+    fingerprint: dict[str, str] = Field(default_factory=dict)
+    run: str = Field(description="The Airflow run, or a name that the command line made.")
+    task: str
+    attempt: int = 1
+    folder: str = Field(description="Of this attempt, in the store: config, result, evidence.")
+    requested: str = Field("", description="When the run was asked for, ISO 8601; written down, never computed with.")
+
+
+class StepError(BaseModel):
+    """Why a step did not end well."""
+
+    model_config = ConfigDict(extra="forbid")
+    kind: str
+    message: str
+    hint: str = ""
+    details: dict[str, Any] = Field(default_factory=dict)
+
+
+class Result(BaseModel):
+    """What a step leaves: small JSON. Numbers that are not finite are left out, and said in `reasons`."""
+
+    model_config = ConfigDict(extra="forbid")
+    version: Literal[1] = 1
+    status: Status = "done"
+    verdict: str | None = None
+    reasons: list[str] = Field(default_factory=list)
+    metrics: dict[str, float] = Field(default_factory=dict)
+    facts: dict[str, Any] = Field(default_factory=dict)
+    links: dict[str, str] = Field(default_factory=dict, description="Store paths or URLs of what people would look at.")
+    output: str | None = Field(None, description="Store path of the manifest.")
+    digest: str | None = None
+    skipped: str | None = Field(None, description="Why no work was done.")
+    seconds: dict[str, float] = Field(default_factory=dict, description="start, import, work, commit, total.")
+    error: StepError | None = None

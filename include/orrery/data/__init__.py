@@ -1,0 +1,1 @@
+"""Raw data in, clean data out: ingest, validate, and reading committed tables."""

@@ -1,0 +1,1 @@
+"""Evaluation on rows later than training, and the gate."""

@@ -1,0 +1,170 @@
+"""The append-only record: runs, decisions, promotions. Written by the orchestrator alone, never by a step.
+
+An effect on the world is three facts: `intent` (about to), the effect itself, `done`. A crash in between
+leaves an intent without a done; driving the same key again finishes it. One (project, kind, key, phase)
+exists at most once, so nothing is recorded twice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError, OperationalError
+
+from orrery.errors import RequestError, TryAgain
+
+Kind = Literal["run", "decision", "promotion", "rollback"]
+Phase = Literal["intent", "done"]
+
+metadata = sa.MetaData()
+entries = sa.Table(
+    "orrery_ledger",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("at", sa.String(40), nullable=False),
+    sa.Column("project", sa.String(63), nullable=False, index=True),
+    sa.Column("kind", sa.String(20), nullable=False),
+    sa.Column("key", sa.String(250), nullable=False),
+    sa.Column("phase", sa.String(10), nullable=False),
+    sa.Column("actor", sa.String(250), nullable=False),
+    sa.Column("payload", sa.Text, nullable=False),
+    sa.UniqueConstraint("project", "kind", "key", "phase", name="orrery_ledger_once"),
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the ledger. `at` is ISO 8601 in UTC."""
+
+    id: int
+    at: str
+    project: str
+    kind: str
+    key: str
+    phase: str
+    actor: str
+    payload: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The model version in use: its number in the registry, the manifest of its training, and since when."""
+
+    version: str
+    model: str
+    since: str
+    actor: str
+    reason: str
+
+
+@lru_cache(maxsize=8)
+def _engine(url: str) -> sa.Engine:
+    if url.startswith("sqlite:///"):
+        Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        engine = sa.create_engine(url, connect_args={"timeout": 30})
+    else:
+        engine = sa.create_engine(url, pool_pre_ping=True)
+    with _reachable(url):
+        metadata.create_all(engine)
+    return engine
+
+
+@contextmanager
+def _reachable(url: str) -> Iterator[None]:
+    try:
+        yield
+    except OperationalError as e:
+        if "already exists" in str(e):  # two processes made the table at once
+            return
+        shown = sa.engine.make_url(url).render_as_string(hide_password=True)
+        raise TryAgain(f"the ledger {shown} cannot be reached: {e.orig}") from None
+
+
+class Ledger:
+    """The ledger at a database URL (SQLite or PostgreSQL). The table is made when it is not there."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.engine = _engine(url)
+
+    def record(self, project: str, kind: Kind, key: str, phase: Phase, actor: str, payload: dict[str, Any]) -> bool:
+        """Append one entry; return False when that entry exists already (then nothing changes)."""
+        row = {
+            "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "project": project,
+            "kind": kind,
+            "key": key[:250],
+            "phase": phase,
+            "actor": actor[:250],
+            "payload": json.dumps(payload, sort_keys=True),
+        }
+        with _reachable(self.url):
+            try:
+                with self.engine.begin() as connection:
+                    connection.execute(entries.insert().values(**row))
+            except IntegrityError:
+                return False
+        return True
+
+    def find(
+        self, project: str, kind: Kind | None = None, *, phase: Phase | None = None, at: str | None = None
+    ) -> list[Entry]:
+        """Return entries of a project, oldest first, up to the moment `at` (ISO 8601, UTC)."""
+        query = sa.select(entries).where(entries.c.project == project).order_by(entries.c.id)
+        if kind:
+            query = query.where(entries.c.kind == kind)
+        if phase:
+            query = query.where(entries.c.phase == phase)
+        if at:
+            query = query.where(entries.c.at <= moment(at))
+        with _reachable(self.url), self.engine.connect() as connection:
+            rows = connection.execute(query).mappings().all()
+        return [Entry(**{**r, "payload": json.loads(r["payload"])}) for r in rows]
+
+    def get(self, project: str, kind: Kind, key: str, phase: Phase) -> Entry | None:
+        """Return one entry, or None."""
+        query = sa.select(entries).where(
+            entries.c.project == project, entries.c.kind == kind, entries.c.key == key[:250], entries.c.phase == phase
+        )
+        with _reachable(self.url), self.engine.connect() as connection:
+            row = connection.execute(query).mappings().first()
+        return Entry(**{**row, "payload": json.loads(row["payload"])}) if row else None
+
+    def champion(self, project: str, at: str | None = None) -> Champion | None:
+        """Return the model version in use (at a moment in the past, when given), or None."""
+        changes = [e for e in self.find(project, phase="done", at=at) if e.kind in ("promotion", "rollback")]
+        if not changes:
+            return None
+        last = changes[-1]
+        return Champion(
+            last.payload["version"], last.payload["model"], last.at, last.actor, last.payload.get("reason", "")
+        )
+
+    def versions(self, project: str) -> dict[str, str]:
+        """Return every version that was ever champion and the manifest of its training, oldest first."""
+        done = [e for e in self.find(project, phase="done") if e.kind in ("promotion", "rollback")]
+        return {e.payload["version"]: e.payload["model"] for e in done}
+
+
+def moment(text: str) -> str:
+    """Return a moment in UTC as the ledger writes it. Raises `RequestError` for anything but ISO 8601."""
+    try:
+        parsed = datetime.fromisoformat(text)
+    except ValueError:
+        raise RequestError(
+            f"{text!r} is not a time", hint="ISO 8601, such as 2013-04-01 or 2013-04-01T12:00+00:00"
+        ) from None
+    if parsed.tzinfo is None:
+        parsed = parsed.replace(tzinfo=UTC)
+    # A day without an hour means its end: "--at 2013-04-01" is what was true on that day.
+    if len(text) == 10:
+        parsed = parsed.replace(hour=23, minute=59, second=59, microsecond=999000)
+    return parsed.astimezone(UTC).isoformat(timespec="milliseconds")

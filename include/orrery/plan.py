@@ -1,0 +1,312 @@
+"""From "run this verb on that partition" to the attempt's config: inputs resolved, fingerprint taken, or skipped.
+
+Runs in the orchestrator (or the command line) before any process or pod is asked for, so it is light: it
+reads small JSON documents of the store and nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from orrery import bundle, fingerprint, partitions, platform
+from orrery.contract import VERBS, Params, Result, SourceRef, StepConfig, Verb
+from orrery.errors import RequestError, nearest
+from orrery.ledger import Champion, Ledger
+from orrery.spec import ModelSpec, Source, load_model
+from orrery.store import Manifest, Ref, Store
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for: one verb of one project, on a partition or a window, by somebody, for a reason."""
+
+    project: str
+    verb: str
+    partitions: tuple[str, ...]
+    run: str
+    task: str
+    attempt: int = 1
+    sample: float = 1.0
+    actor: str = "unknown"
+    reason: str = ""
+    force: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """The partition, or the window's text."""
+        scope = VERBS[self.verb].scope
+        return self.partitions[0] if scope == "partition" else partitions.window_name(self.partitions)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request made exact. `done` is set when there is nothing to do."""
+
+    config: StepConfig
+    verb: Verb
+    environment: dict[str, str]
+    done: Result | None = None
+
+
+class Planner:
+    """Makes plans for one project, on one platform."""
+
+    def __init__(self, project: str, *, ledger: Ledger | None = None) -> None:
+        self.folder: Path = platform.project_folder(project)
+        self.project = project
+        self.spec: ModelSpec = load_model(self.folder)
+        self.platform = platform.load()
+        self.store = Store(self.platform.store)
+        self._ledger = ledger
+
+    @property
+    def ledger(self) -> Ledger:
+        """The ledger, opened when first needed."""
+        if self._ledger is None:
+            self._ledger = Ledger(self.platform.ledger)
+        return self._ledger
+
+    def partitions_of(self, partition: str | None, window: str | None) -> tuple[str, ...]:
+        """Return the keys that a request names, checked. Raises `RequestError` when it names none, or both."""
+        if bool(partition) == bool(window):
+            given = "both" if partition else "neither"
+            raise RequestError(f"give a partition or a window, not {given}", hint="nothing chooses data by the clock")
+        return partitions.window(str(window or partition), self.spec.grain)
+
+    def plan(self, request: Request) -> Plan:
+        """Resolve inputs, take the fingerprint, and find out whether the work is done already."""
+        verb = VERBS.get(request.verb)
+        if verb is None:
+            raise RequestError(f"unknown step {request.verb!r}", hint=nearest(request.verb, VERBS))
+        for key in request.partitions:
+            partitions.parse(key, self.spec.grain)
+        if verb.scope == "partition" and len(request.partitions) != 1:
+            raise RequestError(f"{verb.name} works on one partition, was asked for {len(request.partitions)}")
+        packed = bundle.pack(self.folder)
+        inputs = getattr(self, f"_inputs_{verb.name}", self._no_inputs)(request)
+        params: Params = getattr(self, f"_params_{verb.name}", self._no_params)(request)
+        values = params.model_dump(mode="json")
+        print_ = {} if verb.effect else self._fingerprint(verb, request, packed, values, inputs)
+        address = None if verb.effect or verb.observes else fingerprint.digest(print_)[:32]
+        if address and request.force:
+            # A forced run is a new output on purpose: it must not collide with what is committed.
+            address = fingerprint.digest({**print_, "forced": request.run})[:32]
+        run = safe_name(request.run)
+        config = StepConfig(
+            project=request.project,
+            verb=verb.name,
+            key=request.key,
+            partitions=request.partitions,
+            sample=request.sample,
+            params=values,
+            inputs=inputs,
+            store=self.store.uri,
+            bundle=packed.digest,
+            address=address,
+            fingerprint=print_,
+            run=run,
+            task=request.task,
+            attempt=request.attempt,
+            folder=f"{request.project}/runs/{run}/{safe_name(f'{request.task}-{request.key}')}/{request.attempt}",
+            requested=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        bundle.push(self.store, packed)
+        done = self._kept(inputs) if verb.name in ("register", "promote") else self._done(config, verb)
+        return Plan(config, verb, self._secrets(verb), done)
+
+    def _kept(self, inputs: dict[str, tuple[Ref, ...]]) -> Result | None:
+        """Return the end of a release that the gate refused: nothing to register or promote, and a green run."""
+        verdict = self.store.need(inputs["verdict"][0])
+        if verdict.result["verdict"] == "promote":
+            return None
+        return Result(verdict="kept", skipped="the gate kept the champion", reasons=list(verdict.result["reasons"]))
+
+    def _fingerprint(
+        self,
+        verb: Verb,
+        request: Request,
+        packed: bundle.Bundle,
+        values: dict[str, Any],
+        inputs: dict[str, tuple[Ref, ...]],
+    ) -> dict[str, str]:
+        config = {k: v for k, v in values.items() if k not in verb.hints}
+        config |= {"key": request.key, "partitions": list(request.partitions), "sample": request.sample}
+        # The project's name is no part: a copied project has the same outputs. The store keeps them apart.
+        return {
+            "verb": verb.name,
+            "code": fingerprint.code(verb.module),
+            "project": packed.digest,
+            "environment": fingerprint.pins(platform.home(), verb.environment),
+            "config": fingerprint.digest(config),
+            "inputs": fingerprint.digest({n: [[r.key, r.digest] for r in refs] for n, refs in inputs.items()}),
+        }
+
+    def _done(self, config: StepConfig, verb: Verb) -> Result | None:
+        """Return the committed result for this fingerprint, when its files are all there."""
+        if not config.address:
+            return None
+        found = self.store.manifest(f"{config.project}/{verb.name}/{config.address}/manifest.json")
+        if found is None or self.store.missing_files(found):
+            return None
+        if verb.dataset and config.sample == 1:
+            now = self.store.latest(config.project, verb.dataset, config.key)
+            if now is None or now.manifest != found.path:
+                return None  # committed, but not what counts: the step publishes it
+        result = Result.model_validate(found.result)
+        result.output, result.digest = found.path, found.digest
+        result.skipped = f"unchanged since {found.created}: same code, project, environment, config and inputs"
+        return result
+
+    # -- inputs, verb by verb ----------------------------------------------------------------------
+
+    def _no_inputs(self, request: Request) -> dict[str, tuple[Ref, ...]]:
+        return {}
+
+    def _latest(self, dataset: str, key: str, maker: str) -> Manifest:
+        found = self.store.latest_manifest(self.project, dataset, key)
+        if found is None:
+            there = self.store.keys(self.project, dataset)
+            have = f"there is {there[0]} to {there[-1]} ({len(there)})" if there else "there is none yet"
+            raise RequestError(
+                f"{self.project} has no {dataset} for {key}; {have}", hint=f"run {maker} for {key} first"
+            )
+        return found
+
+    def _inputs_validate(self, request: Request) -> dict[str, tuple[Ref, ...]]:
+        return {"raw": (self._latest("raw", request.key, "ingest").ref,)}
+
+    def _inputs_materialize(self, request: Request) -> dict[str, tuple[Ref, ...]]:
+        """The partition itself and the earlier ones that feed its views, as far as they are there."""
+        clean = self._fresh("clean", request.key, "validate", "raw")
+        earlier = []
+        for back in range(self.spec.features.history, 0, -1):
+            key = partitions.shift(request.key, self.spec.grain, -back)
+            found = self.store.latest_manifest(self.project, "clean", key)
+            if found is not None:
+                earlier.append(found.ref)
+        return {"clean": (clean.ref,), "history": tuple(earlier)}
+
+    def _fresh(self, dataset: str, key: str, maker: str, source: str) -> Manifest:
+        """Return a partition whose own input has not been superseded since. Raises `RequestError` when it has."""
+        found = self._latest(dataset, key, maker)
+        now = self.store.latest(self.project, source, key)
+        used = found.inputs.get(source, ())
+        if now is not None and used and used[0].digest != now.digest:
+            raise RequestError(
+                f"{dataset} of {key} was made from {source} data that landed again at {now.created}",
+                hint=f"run {self.project}.ingest for {key}",
+            )
+        return found
+
+    def _inputs_train(self, request: Request) -> dict[str, tuple[Ref, ...]]:
+        return {
+            "features": tuple(self._fresh("features", key, "materialize", "clean").ref for key in request.partitions)
+        }
+
+    def _inputs_evaluate(self, request: Request) -> dict[str, tuple[Ref, ...]]:
+        candidate = self._latest("candidate", request.key, "train")
+        inputs = {"features": candidate.inputs["features"], "candidate": (candidate.ref,)}
+        champion = self.champion()
+        if champion is not None and (model := self.store.manifest(champion.model)) is not None:
+            inputs["champion"] = (model.ref,)
+        return inputs
+
+    def _inputs_gate(self, request: Request) -> dict[str, tuple[Ref, ...]]:
+        return {"evaluation": (self._latest("evaluation", request.key, "evaluate").ref,)}
+
+    def _inputs_register(self, request: Request) -> dict[str, tuple[Ref, ...]]:
+        verdict = self._latest("verdict", request.key, "gate")
+        evaluation = self.store.need(verdict.inputs["evaluation"][0])
+        return {
+            "candidate": evaluation.inputs["candidate"],
+            "evaluation": verdict.inputs["evaluation"],
+            "verdict": (verdict.ref,),
+        }
+
+    def _inputs_promote(self, request: Request) -> dict[str, tuple[Ref, ...]]:
+        return self._inputs_register(request)
+
+    def _inputs_rollback(self, request: Request) -> dict[str, tuple[Ref, ...]]:
+        model = self.store.manifest(str(request.options["model"]))
+        if model is None:
+            raise RequestError(f"the model of version {request.options.get('version')} is gone from the store")
+        return {"model": (model.ref,), "features": model.inputs["features"][-1:]}
+
+    def _inputs_score(self, request: Request) -> dict[str, tuple[Ref, ...]]:
+        champion = self.champion()
+        if champion is None:
+            raise RequestError(f"{self.project} has no champion yet", hint=f"run {self.project}.train")
+        model = self.store.manifest(champion.model)
+        if model is None:
+            raise RequestError(
+                f"the champion's model {champion.model} is gone from {self.store.uri}", hint="orrery rollback"
+            )
+        return {"features": (self._fresh("features", request.key, "materialize", "clean").ref,), "model": (model.ref,)}
+
+    def champion(self) -> Champion | None:
+        """Return the model version in use, by the ledger."""
+        return self.ledger.champion(self.project)
+
+    # -- params, verb by verb ----------------------------------------------------------------------
+
+    def _no_params(self, request: Request) -> Params:
+        return VERBS[request.verb].params.model_validate(dict(request.options))
+
+    def _params_ingest(self, request: Request) -> Params:
+        values = {"root": str(platform.home()), "data": self.platform.data}
+        sources = {name: self._source(name, source, request.key, values) for name, source in self.spec.sources.items()}
+        return VERBS["ingest"].params.model_validate({"sources": sources})
+
+    def _source(self, name: str, source: Source, key: str, values: dict[str, str]) -> SourceRef:
+        if source.table is not None:
+            return SourceRef(
+                table=source.table, time_column=source.time_column, secret_env=f"ORRERY_SOURCE_{name.upper()}"
+            )
+        assert source.uri is not None
+        uri = platform.substitute(source.uri, values, f"{self.folder / 'spec.yaml'}: sources.{name}.uri")
+        return SourceRef(uri=uri.replace("{partition}", key), format=source.format)
+
+    def _params_materialize(self, request: Request) -> Params:
+        feast = self.platform.feast
+        options = {"feast_registry": feast.registry, "feast_online": feast.online, **request.options}
+        return VERBS["materialize"].params.model_validate(options)
+
+    def _params_train(self, request: Request) -> Params:
+        train = self.spec.train
+        values = {"processes": train.processes, "seed": train.seed, "overrides": train.params, **request.options}
+        return VERBS["train"].params.model_validate(values)
+
+    def _params_register(self, request: Request) -> Params:
+        return VERBS["register"].params.model_validate({"actor": request.actor, "reason": request.reason})
+
+    def _params_promote(self, request: Request) -> Params:
+        now = self.champion()
+        values = {"version": request.options["version"], "previous": now.version if now else None}
+        return VERBS[request.verb].params.model_validate({**values, "actor": request.actor, "reason": request.reason})
+
+    _params_rollback = _params_promote
+
+    def _params_score(self, request: Request) -> Params:
+        champion = self.champion()
+        spark = self.platform.spark
+        version = champion.version if champion else "none"
+        values = {"model_version": version, "spark_master": spark.master, "spark_conf": dict(spark.conf)}
+        return VERBS["score"].params.model_validate(values)
+
+    def _secrets(self, verb: Verb) -> dict[str, str]:
+        """Return the environment variables a step needs beyond its config; addresses may hold credentials."""
+        if verb.name in ("train", "register", "promote", "rollback"):
+            return {"MLFLOW_TRACKING_URI": self.platform.mlflow}
+        return {}
+
+
+def safe_name(text: str) -> str:
+    """Return `text` as one segment of a store path: what is not plain becomes `_`, plus a digest when it was changed."""
+    plain = re.sub(r"[^A-Za-z0-9_.=+-]", "_", text, flags=re.ASCII).lstrip(".-=+")[:120] or "_"
+    return plain if plain == text else f"{plain}-{fingerprint.digest(text)[:8]}"

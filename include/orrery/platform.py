@@ -1,0 +1,182 @@
+"""Where things run: `include/platform.yaml`, the platform team's file, and the `ORRERY_*` variables over it.
+
+Steps never read this: what they need is in their config, and secrets are in their environment.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from orrery import yamlfile
+from orrery.errors import SpecError, UserError, nearest
+from orrery.spec import ComputeName, Frozen, Name
+
+Quantity = Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?(m|Ki|Mi|Gi|Ti)?$")]
+Profile = Literal["local", "kubernetes"]
+# The platform's addresses; each one's variable wins over the file.
+ADDRESSES = {"store": "ORRERY_STORE", "ledger": "ORRERY_LEDGER", "mlflow": "ORRERY_MLFLOW", "data": "ORRERY_DATA"}
+
+
+class Compute(Frozen):
+    """One compute class: what a step's pod asks for, and what it costs."""
+
+    cpu: Quantity = "1"
+    memory: Quantity = "2Gi"
+    gpu: int = Field(0, ge=0)
+    image: str | None = Field(None, description="Instead of the environment's image.")
+    node_selector: dict[str, str] = Field(default_factory=dict)
+    tolerations: tuple[dict[str, str | int], ...] = ()
+    service_account: str | None = None
+    spot: bool = Field(False, description="Interruptible machines.")
+    price_per_hour: float = Field(0.0, ge=0, description="In the platform's currency, for the ledger.")
+    pool: Name | Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,62}$")] = "orrery-light"
+    timeout: Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]*(s|m|h)$")] = "2h"
+
+
+class Environment(Frozen):
+    """One set of dependencies: a virtual environment on a laptop, an image on a cluster."""
+
+    image: str = Field(
+        description="With a tag or digest; `:latest` is refused.",
+        pattern=r"^[^\s:@]+(:\d+)?[^\s]*[:@](?!latest$)[^\s]+$",
+    )
+
+
+class Kubernetes(Frozen):
+    """How pods are made."""
+
+    namespace: str = "orrery"
+    connection: str | None = Field(None, description="Airflow connection of the cluster; none: in-cluster.")
+    secret: str | None = Field(None, description="Name of the Secret whose keys become the steps' environment.")
+    service_account: str = "orrery-step"
+
+
+class Spark(Frozen):
+    """Where scoring runs."""
+
+    master: str = "local[*]"
+    conf: dict[str, str] = Field(default_factory=dict)
+
+
+class Feast(Frozen):
+    """The feature store's homes. SQLite under var/ by default; PostgreSQL or Redis by URL."""
+
+    registry: str = Field("${root}/var/feast", description="Folder of the registry, or a SQLAlchemy URL.")
+    online: str = Field("sqlite", description="`sqlite`, a postgresql:// URL or a redis:// URL.")
+
+
+class Platform(Frozen):
+    """The whole of platform.yaml."""
+
+    version: Literal[1]
+    stage: Literal["dev", "staging", "prod"] = "dev"
+    store: str = "file://${root}/var/store"
+    ledger: str = "sqlite:///${root}/var/ledger.db"
+    mlflow: str = "http://127.0.0.1:${mlflow_port}"
+    data: str = Field("file://${root}/var/upstream", description="What ${data} means in a source's uri.")
+    environments: dict[Name, Environment]
+    compute: dict[ComputeName, Compute] = Field(min_length=1)
+    kubernetes: Kubernetes = Kubernetes()
+    spark: Spark = Spark()
+    feast: Feast = Feast()
+
+    def compute_class(self, name: str) -> Compute:
+        """Return a compute class. Raises `SpecError` that lists what there is."""
+        if name not in self.compute:
+            raise SpecError(f"compute class {name!r} is not in platform.yaml", hint=nearest(name, self.compute))
+        return self.compute[name]
+
+
+def home() -> Path:
+    """Return the folder that holds include/, dags/ and var/: `ORRERY_HOME`, or where this package was cloned."""
+    given = os.environ.get("ORRERY_HOME")
+    if given:
+        return Path(given).resolve()
+    for folder in [*Path(__file__).resolve().parents, Path.cwd()]:
+        if (folder / "include" / "platform.yaml").is_file():
+            return folder
+    raise UserError("cannot find include/platform.yaml", hint="set ORRERY_HOME to the folder that holds include/")
+
+
+def projects_folder() -> Path:
+    """Return the folder of the projects: `ORRERY_PROJECTS`, or include/projects."""
+    given = os.environ.get("ORRERY_PROJECTS")
+    return Path(given).resolve() if given else home() / "include" / "projects"
+
+
+def project_folder(name: str) -> Path:
+    """Return one project's folder. Raises `SpecError` for a name that is malformed or unknown."""
+    folder = projects_folder()
+    names = project_names()
+    if name not in names:
+        raise SpecError(f"there is no project {str(name)[:80]!r} in {folder}", hint=nearest(str(name)[:80], names))
+    return folder / name
+
+
+def project_names() -> list[str]:
+    """Return the names of all projects, sorted."""
+    folder = projects_folder()
+    if not folder.is_dir():
+        return []
+    return sorted(
+        p.name
+        for p in folder.iterdir()
+        if re.fullmatch(r"[a-z][a-z0-9_]{0,62}", p.name) and (p / "spec.yaml").is_file()
+    )
+
+
+def profile() -> Profile:
+    """Return how steps run: `ORRERY_PROFILE`, local by default."""
+    value = os.environ.get("ORRERY_PROFILE", "local")
+    if value not in ("local", "kubernetes"):
+        raise SpecError(f"ORRERY_PROFILE is {value!r}", hint=nearest(value, ("local", "kubernetes")))
+    return value  # type: ignore[return-value]
+
+
+def substitute(text: str, values: dict[str, str], where: str) -> str:
+    """Replace ${name} by `values`. Raises `SpecError` for a name that is not there."""
+
+    def one(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name not in values:
+            raise SpecError(f"{where}: ${{{name}}} is unknown", hint=nearest(name, values))
+        return values[name]
+
+    return re.sub(r"\$\{([^}]*)\}", one, text)
+
+
+def load(file: Path | None = None) -> Platform:
+    """Read platform.yaml (`ORRERY_PLATFORM` or include/platform.yaml) and apply the `ORRERY_*` variables."""
+    file = file or Path(os.environ.get("ORRERY_PLATFORM") or home() / "include" / "platform.yaml")
+    key = (
+        str(file),
+        str(home()),
+        *(os.environ.get(v) for v in (*ADDRESSES.values(), "ORRERY_STAGE", "ORRERY_MLFLOW_PORT")),
+    )
+    try:
+        return _load(key, file.stat().st_mtime_ns)
+    except FileNotFoundError:
+        raise SpecError(f"{file}: there is no such file", hint="set ORRERY_PLATFORM") from None
+
+
+@lru_cache(maxsize=8)
+def _load(key: tuple[str | None, ...], mtime: int) -> Platform:
+    file, root = Path(str(key[0])), str(key[1])
+    data, lines = yamlfile.read(file)
+    for field, variable in {**ADDRESSES, "stage": "ORRERY_STAGE"}.items():
+        if os.environ.get(variable):
+            data[field] = os.environ[variable]
+    platform = yamlfile.validate(Platform, data, lines, file)
+    values = {"root": root, "mlflow_port": os.environ.get("ORRERY_MLFLOW_PORT", "5500")}
+    fields = {f: substitute(getattr(platform, f), values, f"{file}: {f}") for f in ADDRESSES}
+    feast = Feast(
+        registry=substitute(platform.feast.registry, values, f"{file}: feast.registry"),
+        online=substitute(platform.feast.online, values, f"{file}: feast.online"),
+    )
+    return platform.model_copy(update={**fields, "feast": feast})

@@ -1,0 +1,1 @@
+"""Versions and aliases in MLflow: register, promote, rollback."""

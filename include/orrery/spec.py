@@ -1,0 +1,346 @@
+"""What a user may declare in `include/projects/<name>/spec.yaml`. Light: no ML library, no Airflow.
+
+Every model here is frozen and refuses unknown keys; an error names file, line, field, value and what is
+allowed (`orrery check`). `orrery check --schema` prints the JSON schema for an editor.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+
+from orrery import yamlfile
+from orrery.errors import SpecError, nearest
+from orrery.partitions import Grain
+
+NAME = r"^[a-z][a-z0-9_]{0,62}$"
+Name = Annotated[str, StringConstraints(pattern=NAME)]
+ComputeName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,62}$")]
+Column = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_.]{0,126}$")]
+Duration = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{0,5}(s|m|h|d)$")]
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def seconds(duration: str) -> int:
+    """Return a duration such as `90s`, `15m`, `2h` or `7d` in seconds."""
+    return int(duration[:-1]) * UNITS[duration[-1]]
+
+
+class Frozen(BaseModel):
+    """Base of everything a person writes: immutable, and no key that we do not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Label(Frozen):
+    """What the model predicts, and when the truth is known."""
+
+    column: Name = Field(description="The name of the label, for people: plots, reports, the scores' column.")
+    delay: Duration = Field("1d", description="How long after a partition ends its last labels are known.")
+
+
+class Source(Frozen):
+    """One source of raw data: Parquet or CSV at a URI, or a table of a database."""
+
+    uri: str | None = Field(None, description="URI with {partition}, and ${data} for the platform's data root.")
+    table: str | None = Field(None, description="`schema.table` or `table`; needs `connection` and `time_column`.")
+    connection: str | None = Field(None, description="Airflow connection id; its URL reaches only the ingest step.")
+    time_column: Column | None = Field(
+        None, description="The table's timestamp column that assigns rows to partitions."
+    )
+    partition: Grain | Literal["none"] = Field("month", description="How it lands; `none`: one file, whole each time.")
+    format: Literal["parquet", "csv"] | None = Field(None, description="By the file's ending when not given.")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Source:
+        if (self.uri is None) == (self.table is None):
+            raise ValueError("give exactly one of `uri` and `table`")
+        if self.table is not None:
+            if not self.connection or not self.time_column:
+                raise ValueError("`table` needs `connection` and `time_column`")
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)?", self.table):
+                raise ValueError("`table` is `table` or `schema.table`, letters, digits and _ only")
+        if self.uri is not None:
+            names = set(re.findall(r"(?<!\$)\{([^}]*)\}", self.uri))
+            if names - {"partition"}:
+                raise ValueError(f"unknown placeholder {sorted(names - {'partition'})}; allowed: {{partition}}")
+            if self.partition != "none" and "partition" not in names:
+                raise ValueError("a partitioned source needs {partition} in its uri (or `partition: none`)")
+        return self
+
+
+class ColumnCheck(Frozen):
+    """What one column must be. A row that breaks it is quarantined with the reason, never lost."""
+
+    type: Literal["string", "number", "integer", "timestamp", "boolean"] | None = Field(
+        None, description="The type's family."
+    )
+    nulls: float | None = Field(
+        None, ge=0, le=1, description="Largest share of missing values; no row is quarantined for it."
+    )
+    required: bool = Field(False, description="A missing value quarantines its row.")
+    between: tuple[float | None, float | None] | None = Field(
+        None, description="[low, high], both included; null: open."
+    )
+    values: tuple[str | int | float | bool, ...] | None = Field(
+        None, alias="in", description="The only values allowed."
+    )
+    matches: str | None = Field(None, description="A regular expression that the whole value must match.")
+    mostly: float = Field(0.99, ge=0, le=1, description="The check fails when a smaller share of rows keeps it.")
+    severity: Literal["error", "warning"] = Field("error", description="error: the step ends 64; warning: a note.")
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    @field_validator("between")
+    @classmethod
+    def _ordered(cls, value: tuple[float | None, float | None] | None) -> tuple[float | None, float | None] | None:
+        if value and value[0] is not None and value[1] is not None and value[0] > value[1]:
+            raise ValueError(f"low {value[0]} is above high {value[1]}")
+        return value
+
+    @field_validator("matches")
+    @classmethod
+    def _compiles(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                re.compile(value)
+            except re.error as e:
+                raise ValueError(f"not a regular expression: {e}") from None
+        return value
+
+
+class RawExpectation(Frozen):
+    """A Great Expectations expectation, passed through as it is."""
+
+    type: Annotated[str, StringConstraints(pattern=r"^expect_[a-z0-9_]+$")]
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    severity: Literal["error", "warning"] = "error"
+
+
+class Checks(Frozen):
+    """Checks of one source: about the table, its columns, and raw Great Expectations."""
+
+    unique: tuple[Column, ...] = Field(
+        (), description="The key: a row that repeats it is quarantined (the first stays)."
+    )
+    min_rows: int | None = Field(None, ge=0, description="Fewest rows in a partition.")
+    max_rows: int | None = Field(None, ge=0, description="Most rows in a partition.")
+    min_class_share: dict[Column, Annotated[float, Field(gt=0, le=0.5)]] = Field(
+        default_factory=dict, description="Per column: the smallest share that its rarest value may have."
+    )
+    columns: dict[Column, ColumnCheck] = Field(default_factory=dict)
+    expectations: tuple[RawExpectation, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, data: Any) -> Any:
+        """Lift `distance: {between: [0, 6000]}` into `columns`, and a single `unique: id` into a list."""
+        if not isinstance(data, dict):
+            return data
+        own = set(cls.model_fields)
+        out: dict[str, Any] = {"columns": dict(data.get("columns") or {})}
+        for key, value in data.items():
+            if key == "unique" and isinstance(value, str):
+                out["unique"] = (value,)
+            elif key == "columns":
+                continue
+            elif key in own:
+                out[key] = value
+            elif isinstance(value, dict) or value is None:
+                out["columns"][key] = value or {}
+            else:
+                raise ValueError(f"unknown check {key!r}; {nearest(str(key), own)}; or a column with its checks")
+        return out
+
+
+class Bound(Frozen):
+    """A floor or a ceiling of one metric."""
+
+    min: float | None = None
+    max: float | None = None
+
+    @model_validator(mode="after")
+    def _some(self) -> Bound:
+        if self.min is None and self.max is None:
+            raise ValueError("give `min`, `max` or both")
+        return self
+
+
+class Disparity(Frozen):
+    """How far apart the groups of one attribute may be in the share that is flagged (or in mean error)."""
+
+    by: Column
+    max: float = Field(gt=0, description="Largest difference between two groups of at least `min_rows` rows.")
+    min_rows: int = Field(200, ge=1)
+
+
+class Train(Frozen):
+    """How the model is fitted."""
+
+    window: int = Field(3, ge=1, le=400, description="How many partitions a training reads.")
+    compute: ComputeName = Field("cpu-small", description="Compute class of platform.yaml.")
+    processes: int = Field(1, ge=1, le=64, description="Processes that torchrun starts (data parallel).")
+    seed: int = Field(0, ge=0, le=2**31 - 1)
+    params: dict[str, Any] = Field(default_factory=dict, description="Values for model.py's Params, over its defaults.")
+
+
+class Split(Frozen):
+    """Shares of the window, in time order: what is left before them is fitted on."""
+
+    tune: float = Field(0.10, gt=0, lt=0.5, description="Early stopping and calibration.")
+    holdout: float = Field(0.15, gt=0, lt=0.5, description="Evaluation: later than all the rest, seen by nothing else.")
+
+
+class Retrain(Frozen):
+    """What asks for a new training."""
+
+    on: tuple[Literal["drift", "quarterly", "manual"], ...] = ("manual",)
+
+
+class Features(Frozen):
+    """How far back features look."""
+
+    history: int = Field(1, ge=0, le=60, description="Earlier partitions whose rows feed the views (when they exist).")
+
+
+class ModelSpec(Frozen):
+    """A model: `kind: model`."""
+
+    version: Literal[1]
+    kind: Literal["model"]
+    owner: str = Field(min_length=1, max_length=100, description="The team that is called when it is red.")
+    description: str = ""
+    task: Literal["binary", "multiclass", "regression"]
+    label: Label
+    sources: dict[Name, Source] = Field(min_length=1, description="The first one is the rows' source.")
+    checks: dict[str, Any] = Field(
+        default_factory=dict, description="Of the rows' source; under a source's name, of that."
+    )
+    features: Features = Features()
+    train: Train = Train()
+    split: Split = Split()
+    gate: dict[str, Any] = Field(default_factory=dict, description="Bounds per metric, and `disparity`.")
+    retrain: Retrain = Retrain()
+    schedule: str = Field("0 6 2 * *", description="Cron of ingest (UTC); the partition is the one just ended.")
+
+    @field_validator("sources")
+    @classmethod
+    def _one_grain(cls, value: dict[str, Source]) -> dict[str, Source]:
+        grains = {s.partition for s in value.values()} - {"none"}
+        if len(grains) != 1:
+            raise ValueError(f"the sources must share one partition size; found {sorted(grains) or 'only `none`'}")
+        if next(iter(value.values())).partition == "none":
+            raise ValueError("the first source is the rows' and must be partitioned")
+        return value
+
+    @field_validator("gate")
+    @classmethod
+    def _gate(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for metric, bound in value.items():
+            if metric == "disparity":
+                Disparity.model_validate(bound)
+            elif metric not in METRICS:
+                raise ValueError(f"unknown metric {metric!r}; {nearest(metric, [*METRICS, 'disparity'])}")
+            else:
+                Bound.model_validate(bound)
+        return value
+
+    @model_validator(mode="after")
+    def _checks_parse(self) -> ModelSpec:
+        for name in self.sources:
+            self.checks_of(name)
+        return self
+
+    @property
+    def grain(self) -> Grain:
+        """The partition size that the sources share."""
+        return next(s.partition for s in self.sources.values() if s.partition != "none")
+
+    @property
+    def rows_source(self) -> str:
+        """The source whose rows are predicted on."""
+        return next(iter(self.sources))
+
+    def checks_of(self, source: str) -> Checks:
+        """Return the checks of one source (see `checks`)."""
+        if source == self.rows_source:
+            flat = {k: v for k, v in self.checks.items() if k not in self.sources}
+            nested = self.checks.get(source) or {}
+            return Checks.model_validate({**flat, **nested})
+        return Checks.model_validate(self.checks.get(source) or {})
+
+    @property
+    def bounds(self) -> dict[str, Bound]:
+        """The gate's bounds by metric."""
+        return {m: Bound.model_validate(b) for m, b in self.gate.items() if m != "disparity"}
+
+    @property
+    def disparity(self) -> Disparity | None:
+        """The gate's bound on differences between groups."""
+        return Disparity.model_validate(self.gate["disparity"]) if "disparity" in self.gate else None
+
+
+# Metric -> True when higher is better. `p50_ms`, `p99_ms`: latency of one row; `size_mb`: of the export.
+METRICS: dict[str, bool] = {
+    "auc": True,
+    "average_precision": True,
+    "accuracy": True,
+    "r2": True,
+    "log_loss": False,
+    "brier": False,
+    "calibration_error": False,
+    "rmse": False,
+    "mae": False,
+    "p50_ms": False,
+    "p99_ms": False,
+    "size_mb": False,
+}
+PRIMARY: dict[str, str] = {"binary": "auc", "multiclass": "log_loss", "regression": "rmse"}
+
+
+class KnowledgeSource(Frozen):
+    """One source of documents."""
+
+    uri: str
+    groups: tuple[Name, ...] = Field(("everyone",), min_length=1, description="Who may read what comes from it.")
+
+
+class KnowledgeBaseSpec(Frozen):
+    """A knowledge base: `kind: knowledge_base`."""
+
+    version: Literal[1]
+    kind: Literal["knowledge_base"]
+    owner: str = Field(min_length=1, max_length=100)
+    description: str = ""
+    sources: dict[Name, KnowledgeSource] = Field(min_length=1)
+    schedule: str = Field("0 2 * * *", description="Cron of the nightly reindex (UTC).")
+    questions: str | None = Field(None, description="A file of labelled questions in the project folder.")
+    llm: Name | None = Field(None, description="Language model endpoint of platform.yaml.")
+
+
+Spec = ModelSpec | KnowledgeBaseSpec
+KINDS: dict[str, type[ModelSpec] | type[KnowledgeBaseSpec]] = {
+    "model": ModelSpec,
+    "knowledge_base": KnowledgeBaseSpec,
+}
+
+
+def load(folder: Path) -> Spec:
+    """Read and check `<folder>/spec.yaml`. Raises `SpecError` with file, line, field, value and what is allowed."""
+    file = folder / "spec.yaml"
+    data, lines = yamlfile.read(file)
+    kind = data.get("kind")
+    if kind not in KINDS:
+        shown = "is missing" if kind is None else f"is {kind!r}"
+        raise SpecError(f"{file}:{lines.get(('kind',), 1)}: kind {shown}", hint=nearest(str(kind), KINDS))
+    return yamlfile.validate(KINDS[kind], data, lines, file)
+
+
+def load_model(folder: Path) -> ModelSpec:
+    """Like `load`, for a project that must be a model."""
+    spec = load(folder)
+    if not isinstance(spec, ModelSpec):
+        raise SpecError(f"{folder / 'spec.yaml'}: this is a {spec.kind}, not a model")
+    return spec

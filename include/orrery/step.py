@@ -1,0 +1,363 @@
+"""One attempt of one step, as its own process: read the config, do the work apart, commit once, leave a result.
+
+    orrery step --config URI --result URI
+
+Killed anywhere, nothing of it is visible; run twice, it changes nothing. See `contract` for the documents.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from orrery import bundle, fingerprint, log
+from orrery.contract import STATUS_OF_CODE, VERBS, Result, StepConfig, StepError, Verb
+from orrery.errors import BUG, DONE, Interrupted, OrreryError, RequestError, UserError
+from orrery.lease import Lease
+from orrery.spec import ModelSpec, load_model
+from orrery.store import File, Manifest, Store, content_digest, trouble
+
+
+class Work:
+    """What a verb's `run(work, params)` has at hand: config, spec, inputs, and a place to write apart."""
+
+    def __init__(self, config: StepConfig, store: Store, scratch: Path) -> None:
+        self.config, self.store, self.scratch = config, store, scratch
+        self.verb: Verb = VERBS[config.verb]
+        self.log = log.get()
+        self.address = config.address or ""
+        self._attempt = f"a{config.attempt}-{os.urandom(4).hex()}"
+        self._paths: dict[str, Path] = {}
+        self._adopted: dict[str, File] = {}
+        self._lease: Lease | None = None
+        self._evidence: dict[str, str] = {}
+
+    # -- what is given ---------------------------------------------------------------------------
+
+    @cached_property
+    def project_folder(self) -> Path:
+        """The project folder, unpacked from its bundle."""
+        return bundle.fetch(self.store, self.config.bundle, self.scratch / "project")
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        """The project's spec."""
+        return load_model(self.project_folder)
+
+    def module(self, name: str) -> Any:
+        """Import the project's `features` or `model` module."""
+        return bundle.load_module(self.project_folder, self.config.project, name)
+
+    def inputs(self, name: str) -> list[Manifest]:
+        """Return the manifests of an input, each checked against the digest that was planned with."""
+        return [self.store.need(ref) for ref in self.config.inputs.get(name, ())]
+
+    def input(self, name: str) -> Manifest:
+        """Return the one manifest of an input. Raises `RequestError` when there is not exactly one."""
+        found = self.inputs(name)
+        if len(found) != 1:
+            raise RequestError(f"{self.config.verb} needs one input {name!r}, was given {len(found)}")
+        return found[0]
+
+    def open_input(self, manifest: Manifest, name: str) -> Path:
+        """Return a local path of one file of an input."""
+        path = manifest.uri(name)
+        try:
+            return self.store.local(path, self.scratch / "inputs")
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.store.uri}/{path} is gone, its manifest is not", hint="run the step that makes it again"
+            ) from None
+
+    def progress(self, label: str, total: float, unit: str = "") -> contextlib.AbstractContextManager[log.Tick]:
+        """Show progress; see `log.progress`."""
+        return log.progress(label, total, unit)
+
+    # -- what is made ----------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def at(self, address: str) -> Iterator[bool]:
+        """For a verb that learns its address only while it works (`ingest`): False when that is committed already."""
+        self.address = address
+        yield self.committed() is None
+
+    def committed(self) -> Manifest | None:
+        """Return what is already committed at this address, its files verified, or None."""
+        found = self.store.manifest(f"{self.config.project}/{self.config.verb}/{self.address}/manifest.json")
+        if found is None:
+            return None
+        problems = self.store.missing_files(found)
+        if problems:
+            raise UserError(
+                f"{self.store.uri}/{found.path} is committed but damaged: {'; '.join(problems)}",
+                hint="delete that folder and run the step again: it makes the same bytes",
+            )
+        return found
+
+    @property
+    def attempt_folder(self) -> str:
+        """Store path below which this attempt writes; nobody reads it before the commit."""
+        return f"{self.config.project}/{self.config.verb}/{self.address}/{self._attempt}"
+
+    def path(self, name: str) -> Path:
+        """Return a local path to write the output file `name` to; the commit takes it up."""
+        if name not in self._paths:
+            target = self.scratch / "out" / name
+            if self.store.is_local and self.address:
+                target = Path(self.store.full(f"{self.attempt_folder}/{name}"))
+            with trouble(str(target)):
+                target.parent.mkdir(parents=True, exist_ok=True)
+            self._paths[name] = target
+        return self._paths[name]
+
+    def write(self, name: str, data: bytes) -> Path:
+        """Write a small output file."""
+        path = self.path(name)
+        with trouble(str(path)):
+            path.write_bytes(data)
+        return path
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Write an output file of canonical JSON."""
+        return self.write(name, (fingerprint.canonical(value) + "\n").encode())
+
+    def adopt(self, name: str, relative: str, size: int, sha256: str) -> None:
+        """Take up a file that others (Spark's workers) wrote below `attempt_folder`."""
+        self._adopted[name] = File(path=f"{self._attempt}/{relative}", size=size, sha256=sha256)
+
+    def evidence(self, name: str, data: bytes | Path) -> str:
+        """Keep a file for people (a report, Data Docs, a plot) with the attempt, also when it fails; return its path."""
+        path = f"{self.config.folder}/evidence/{name}"
+        if isinstance(data, Path):
+            self.store.upload(data, path)
+        else:
+            self.store.put(path, data)
+        self._evidence[name] = path
+        return path
+
+    def evidence_folder(self, name: str, folder: Path) -> str:
+        """Keep a whole folder for people; return its store path."""
+        for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+            self.evidence(f"{name}/{file.relative_to(folder).as_posix()}", file)
+        return f"{self.config.folder}/evidence/{name}"
+
+    def commit(self, result: Result) -> Manifest:
+        """Put the manifest. The first commit at an address wins; a later one is given the first's."""
+        files = dict(self._adopted)
+        for name, path in sorted(self._paths.items()):
+            done = self.store.upload(path, f"{self.attempt_folder}/{name}")
+            files[name] = File(path=f"{self._attempt}/{name}", size=done.size, sha256=done.sha256)
+        config = self.config
+        manifest = Manifest(
+            project=config.project,
+            verb=config.verb,
+            key=config.key,
+            address=self.address,
+            digest=content_digest(files),
+            files=files,
+            inputs=config.inputs,
+            fingerprint=config.fingerprint,
+            facts=result.facts,
+            result=json.loads(result.model_dump_json(exclude={"seconds", "skipped"})),
+            run=config.run,
+            attempt=config.folder,
+            created=_now(),
+        )
+        # Written before the manifest: an entry without a manifest is ignored, a manifest without entry is lost.
+        for ref in {r.path: r for refs in config.inputs.values() for r in refs}.values():
+            address = ref.path.split("/")[-2]
+            self.store.put_if_absent(f"{config.project}/dependents/{address}/{config.verb}.{self.address}", b"")
+        if self._lease:
+            self._lease.check()
+        if not self.store.put_if_absent(manifest.path, manifest.model_dump_json(indent=1).encode()):
+            winner = self.store.manifest(manifest.path)
+            assert winner is not None
+            self.log.warning("another attempt has committed this output first; its result stands", other=winner.attempt)
+            return winner
+        return manifest
+
+    def publish(self, manifest: Manifest, result: Result) -> None:
+        """Make the output its dataset's partition, and list what a superseded one had been used for."""
+        config, dataset = self.config, self.verb.dataset
+        if dataset is None or config.sample < 1:
+            return
+        before = self.store.publish(config.project, dataset, config.key, manifest, _now())
+        old = self.store.manifest(before.manifest) if before else None
+        if old is not None and old.digest != manifest.digest:
+            stale = self.store.dependents(old)
+            result.facts["supersedes"] = old.path
+            result.facts["stale"] = [f"{m.verb} {m.key}" for m in stale]
+            self.log.warning(
+                f"{dataset} {config.key} supersedes an earlier version",
+                earlier=old.created,
+                stale=", ".join(result.facts["stale"]) or "nothing",
+            )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def execute(config: StepConfig, store: Store, scratch: Path, seconds: dict[str, float]) -> Result:
+    """Run one attempt to its committed result. Raises what the verb raises."""
+    verb = VERBS.get(config.verb)
+    if verb is None:
+        raise RequestError(f"unknown verb {config.verb!r}", hint=f"known: {', '.join(VERBS)}")
+    try:
+        params = verb.params.model_validate(config.params)
+    except ValidationError as e:
+        first = e.errors()[0]
+        raise RequestError(f"{config.verb}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    work = Work(config, store, scratch)
+    if config.address and (found := work.committed()) is not None:
+        return _again(work, found)
+    began = time.monotonic()
+    run: Callable[[Work, Any], Result] = importlib.import_module(verb.module).run
+    seconds["import"] = time.monotonic() - began
+    if verb.effect:
+        result = run(work, params)
+        seconds["work"] = time.monotonic() - began - seconds["import"]
+        return result
+    slot = config.address or f"at-{config.key}"
+    owner = f"{config.run}/{config.task}"
+    with Lease(store, f"{config.project}/{config.verb}/{slot}/lease", owner, config.folder) as lease:
+        work._lease = lease
+        if config.address and (found := work.committed()) is not None:
+            return _again(work, found)
+        began = time.monotonic()
+        result = run(work, params)
+        seconds["work"] = time.monotonic() - began
+        began = time.monotonic()
+        found = work.committed()
+        if found is None:
+            manifest = work.commit(result)
+        else:
+            manifest, result.skipped = (
+                found,
+                result.skipped or f"the same output is committed already ({found.created})",
+            )
+        work.publish(manifest, result)
+        seconds["commit"] = time.monotonic() - began
+    result.output, result.digest = manifest.path, manifest.digest
+    return result
+
+
+def _again(work: Work, found: Manifest) -> Result:
+    """Return the result of what is committed already; publish it too, in case a kill came in between."""
+    result = Result.model_validate(found.result)
+    result.skipped = f"unchanged since {found.created}: same code, project, environment, config and inputs"
+    result.output, result.digest = found.path, found.digest
+    work.publish(found, result)
+    return result
+
+
+def main(argv: list[str], started: float) -> int:
+    """Entry of `orrery step`; `started` is when the process began (time.time())."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="orrery step", description="Run one attempt of one step (for machines).")
+    parser.add_argument("--config", required=True, metavar="URI", help="the attempt's config document")
+    parser.add_argument("--result", required=True, metavar="URI", help="where the result document goes")
+    args = parser.parse_args(argv)
+    log.configure()
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    return attempt(args.config, args.result, started)
+
+
+def _on_sigterm(signum: int, frame: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Interrupted("SIGTERM: told to stop", hint="nothing was committed; the next attempt does the work again")
+
+
+def attempt(config_uri: str, result_uri: str, started: float) -> int:
+    """Run the attempt that a config document describes; write the result document; return the exit code."""
+    logger = log.get()
+    seconds: dict[str, float] = {"start": time.time() - started}
+    scratch = Path(tempfile.mkdtemp(prefix="orrery-"))
+    code, result = BUG, Result(status="bug")
+    try:
+        config = _read_config(config_uri)
+        store = Store(config.store)
+        result = execute(config, store, scratch, seconds)
+        code = DONE
+        _say(config, result)
+    except OrreryError as e:
+        code = e.exit_code
+        result = failed(e)
+        logger.error(str(e))
+    except KeyboardInterrupt:
+        code, result = 143, failed(Interrupted("interrupted from the keyboard"))
+    except MemoryError as e:
+        result = failed(e)
+        logger.error("out of memory", exc_info=True)
+    except Exception as e:
+        result = failed(e)
+        logger.error(f"{type(e).__name__}: {e}", exc_info=True)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the result is being written; the end is near anyway
+        shutil.rmtree(scratch, ignore_errors=True)
+    seconds["total"] = time.time() - started
+    result.seconds = {k: round(v, 4) for k, v in seconds.items()}
+    try:
+        root, _, name = result_uri.rpartition("/")
+        Store(root).put(name, result.model_dump_json(indent=1).encode())
+    except Exception as e:  # the result cannot be told; the exit code and the log still are
+        logger.error(f"the result could not be written to {result_uri}: {e}")
+        code = code or getattr(e, "exit_code", BUG)
+    sys.stdout.flush()
+    return code
+
+
+def failed(error: BaseException) -> Result:
+    """Return the result document of an attempt that ended with `error`."""
+    code = error.exit_code if isinstance(error, OrreryError) else BUG
+    details: dict[str, Any] = (
+        error.details if isinstance(error, OrreryError) else {"traceback": traceback.format_exc()[-4000:]}
+    )
+    document = StepError(
+        kind=type(error).__name__,
+        message=error.message if isinstance(error, OrreryError) else str(error),
+        hint=error.hint if isinstance(error, OrreryError) else "",
+        details=json.loads(json.dumps(details, default=str)),
+    )
+    links = details.get("links") if isinstance(details, dict) else None
+    return Result(
+        status=STATUS_OF_CODE.get(code, "bug"), error=document, links=dict(links) if isinstance(links, dict) else {}
+    )
+
+
+def _read_config(uri: str) -> StepConfig:
+    root, _, name = uri.rpartition("/")
+    try:
+        return StepConfig.model_validate_json(Store(root).read(name))
+    except FileNotFoundError:
+        raise RequestError(f"there is no config document at {uri}") from None
+    except ValidationError as e:
+        first = e.errors()[0]
+        raise RequestError(f"{uri}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _say(config: StepConfig, result: Result) -> None:
+    """Say in one line how it ended."""
+    shown = {k: v for k, v in list(result.metrics.items())[:6]}
+    if result.skipped:
+        log.get().info(f"{config.verb} {config.key}: skipped, {result.skipped}")
+    else:
+        log.get().info(f"{config.verb} {config.key}: {result.verdict or 'done'}", **shown)
+    for reason in result.reasons:
+        log.get().info(f"  {reason}")
