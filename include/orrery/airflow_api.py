@@ -26,6 +26,11 @@ from orrery.errors import OrreryError, RequestError, TryAgain, UserError
 
 PAGE = 100  # the most that Airflow returns at once ([api] maximum_page_limit)
 FINISHED = frozenset({"success", "failed"})
+# Of a log entry: what is written in front or below, and what every entry repeats.
+NOT_SHOWN = frozenset(
+    "timestamp level event logger filename lineno loc error_detail"
+    " ti_id ti dag_id run_id task_id map_index try_number".split()
+)
 FAILED_TASK = frozenset({"failed", "upstream_failed"})
 
 
@@ -230,7 +235,8 @@ class AirflowApi:
         parts = []
         for task in self.tasks(run):
             if task.state == "failed" and task.try_number > 0:
-                log = self.log(run, task.task_id, task.try_number, map_index=task.map_index).splitlines()
+                text = self.log(run, task.task_id, task.try_number, map_index=task.map_index)
+                log = [line for line in text.splitlines() if "::group::" not in line and "::endgroup::" not in line]
                 parts.append(f"{run.dag_id}.{task.task_id} try {task.try_number}:\n" + "\n".join(log[-lines:]))
             elif task.state in FAILED_TASK:
                 parts.append(f"{run.dag_id}.{task.task_id}: {task.state}")
@@ -374,8 +380,7 @@ def _log_line(entry: Any) -> str:
     """Write one structured log entry as `time level event key=value …`, with the traceback where there is one."""
     if not isinstance(entry, dict):
         return str(entry)
-    known = ("timestamp", "level", "event", "logger", "filename", "lineno", "error_detail", "loc")
-    rest = (f"{key}={value!r}" for key, value in entry.items() if key not in known)
+    rest = (f"{key}={value!r}" for key, value in entry.items() if key not in NOT_SHOWN)
     head = (str(entry.get(key) or "") for key in ("timestamp", "level", "event"))
     line = " ".join(word for word in (*head, *rest) if word)
     for error in entry.get("error_detail") or []:
@@ -396,6 +401,8 @@ def _text(response: httpx.Response) -> str:
 
 def _detail(body: Any) -> str:
     detail = body.get("detail", body.get("error", body)) if isinstance(body, dict) else body
+    if isinstance(detail, dict) and detail.get("reason") == "Unique constraint violation":
+        return "it exists already"
     if isinstance(detail, list):  # FastAPI's list of what is wrong with a request
         return "; ".join(f"{'.'.join(map(str, d['loc']))}: {d['msg']}" if "loc" in d else str(d) for d in detail)
     return str(detail)

@@ -96,7 +96,7 @@ def fetch(store: Store, digest: str, target: Path) -> Path:
     found = pack(target).digest
     if found != digest:
         raise UserError(
-            f"{store.uri}/{path_of(digest)}: its content has digest {found[:12]}, the run was planned with {digest[:12]}",
+            f"{store.uri}/{path_of(digest)}: its content has digest {found[:12]}, planned was {digest[:12]}",
             hint="the store was changed behind our back: delete that file and start a new run",
         )
     return target

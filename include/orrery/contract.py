@@ -171,6 +171,7 @@ class StepConfig(BaseModel):
     sample: float = Field(
         1.0, gt=0, le=1, description="Share of the rows' keys, by hash; below 1 nothing is published."
     )
+    publish: bool = Field(True, description="Make the output its dataset's partition; not for samples and repeats.")
     params: dict[str, Any] = Field(default_factory=dict)
     inputs: dict[str, tuple[Ref, ...]] = Field(default_factory=dict)
     store: str

@@ -153,6 +153,11 @@ class Ledger:
         done = [e for e in self.find(project, phase="done") if e.kind in ("promotion", "rollback")]
         return {e.payload["version"]: e.payload["model"] for e in done}
 
+    def registered(self, project: str) -> dict[str, str]:
+        """Return every registered version and the manifest of its training, oldest first."""
+        runs = [e.payload for e in self.find(project, "run") if "version" in e.payload]
+        return {str(p["version"]): str(p["model"]) for p in runs}
+
 
 def moment(text: str) -> str:
     """Return a moment in UTC as the ledger writes it. Raises `RequestError` for anything but ISO 8601."""

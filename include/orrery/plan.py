@@ -104,6 +104,7 @@ class Planner:
             key=request.key,
             partitions=request.partitions,
             sample=request.sample,
+            publish=request.sample == 1,
             params=values,
             inputs=inputs,
             store=self.store.uri,
@@ -154,7 +155,7 @@ class Planner:
         found = self.store.manifest(f"{config.project}/{verb.name}/{config.address}/manifest.json")
         if found is None or self.store.missing_files(found):
             return None
-        if verb.dataset and config.sample == 1:
+        if verb.dataset and config.publish:
             now = self.store.latest(config.project, verb.dataset, config.key)
             if now is None or now.manifest != found.path:
                 return None  # committed, but not what counts: the step publishes it
@@ -307,6 +308,6 @@ class Planner:
 
 
 def safe_name(text: str) -> str:
-    """Return `text` as one segment of a store path: what is not plain becomes `_`, plus a digest when it was changed."""
+    """Return `text` as one segment of a store path: what is not plain becomes `_` (plus a digest then)."""
     plain = re.sub(r"[^A-Za-z0-9_.=+-]", "_", text, flags=re.ASCII).lstrip(".-=+")[:120] or "_"
     return plain if plain == text else f"{plain}-{fingerprint.digest(text)[:8]}"

@@ -11,11 +11,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, field_validator
 
 from orrery import yamlfile
 from orrery.errors import SpecError, UserError, nearest
-from orrery.spec import ComputeName, Frozen, Name
+from orrery.spec import NAME, ComputeName, Frozen, Name
 
 Quantity = Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?(m|Ki|Mi|Gi|Ti)?$")]
 Profile = Literal["local", "kubernetes"]
@@ -42,10 +42,15 @@ class Compute(Frozen):
 class Environment(Frozen):
     """One set of dependencies: a virtual environment on a laptop, an image on a cluster."""
 
-    image: str = Field(
-        description="With a tag or digest; `:latest` is refused.",
-        pattern=r"^[^\s:@]+(:\d+)?[^\s]*[:@](?!latest$)[^\s]+$",
-    )
+    image: str = Field(description="With a tag or digest; `:latest` is refused.")
+
+    @field_validator("image")
+    @classmethod
+    def _pinned(cls, value: str) -> str:
+        name = value.rsplit("/", 1)[-1]
+        if not re.fullmatch(r"[^\s:@]+[:@][^\s]+", name) or name.endswith(":latest"):
+            raise ValueError("an image needs a tag or a digest, and not :latest")
+        return value
 
 
 class Kubernetes(Frozen):
@@ -113,9 +118,8 @@ def projects_folder() -> Path:
 def project_folder(name: str) -> Path:
     """Return one project's folder. Raises `SpecError` for a name that is malformed or unknown."""
     folder = projects_folder()
-    names = project_names()
-    if name not in names:
-        raise SpecError(f"there is no project {str(name)[:80]!r} in {folder}", hint=nearest(str(name)[:80], names))
+    if not re.fullmatch(NAME, name, flags=re.ASCII) or not (folder / name / "spec.yaml").is_file():
+        raise SpecError(f"there is no project {name[:80]!r} in {folder}", hint=nearest(name[:80], project_names()))
     return folder / name
 
 

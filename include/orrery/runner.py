@@ -228,6 +228,8 @@ def _record(planner: Planner, request: Request, plan: Plan, result: Result) -> N
     payload |= {"verb": request.verb, "key": request.key, "attempt": plan.config.folder, "reasons": result.reasons}
     if result.error:
         payload["error"] = result.error.message
+    if request.verb == "register" and "model_version" in result.facts:
+        payload |= {"version": result.facts["model_version"], "model": plan.config.inputs["candidate"][0].path}
     planner.ledger.record(request.project, "run", plan.config.folder, "done", request.actor, payload)
     if request.verb == "gate" and result.status == "done":
         planner.ledger.record(

@@ -141,7 +141,7 @@ class Work:
         self._adopted[name] = File(path=f"{self._attempt}/{relative}", size=size, sha256=sha256)
 
     def evidence(self, name: str, data: bytes | Path) -> str:
-        """Keep a file for people (a report, Data Docs, a plot) with the attempt, also when it fails; return its path."""
+        """Keep a file for people (a report, a plot) with the attempt, also when it fails; return its path."""
         path = f"{self.config.folder}/evidence/{name}"
         if isinstance(data, Path):
             self.store.upload(data, path)
@@ -194,7 +194,7 @@ class Work:
     def publish(self, manifest: Manifest, result: Result) -> None:
         """Make the output its dataset's partition, and list what a superseded one had been used for."""
         config, dataset = self.config, self.verb.dataset
-        if dataset is None or config.sample < 1:
+        if dataset is None or not config.publish:
             return
         before = self.store.publish(config.project, dataset, config.key, manifest, _now())
         old = self.store.manifest(before.manifest) if before else None
@@ -354,7 +354,7 @@ def _read_config(uri: str) -> StepConfig:
 
 def _say(config: StepConfig, result: Result) -> None:
     """Say in one line how it ended."""
-    shown = {k: v for k, v in list(result.metrics.items())[:6]}
+    shown = dict(list(result.metrics.items())[:6])
     if result.skipped:
         log.get().info(f"{config.verb} {config.key}: skipped, {result.skipped}")
     else:

@@ -2,7 +2,7 @@
 
     bundles/<digest>.tar                                 project folders, content-addressed
     <project>/<verb>/<address>/manifest.json             the commit: put once, never changed
-    <project>/<verb>/<address>/<attempt>/...             the files of the attempt that committed (or of one that did not)
+    <project>/<verb>/<address>/<attempt>/...             one attempt's files (it may not have committed)
     <project>/<verb>/<address>/lease/<n>.json            who is writing; the highest n may commit
     <project>/datasets/<dataset>/<key>/<n>.json          which manifest is partition <key>; the highest n counts
     <project>/dependents/<address>/<verb>.<address>      what was made from a manifest

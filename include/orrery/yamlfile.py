@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +14,19 @@ from orrery.errors import SpecError, nearest
 Lines = dict[tuple[str | int, ...], int]
 M = TypeVar("M", bound=BaseModel)
 MAX_BYTES = 1 << 20
+# The loader in C is ten times as fast; a build of PyYAML without libyaml has only the other.
+_Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class Loader(_Base):  # type: ignore[misc]
+    """YAML 1.2's idea of scalars: `on`, `yes` and `2013-01-01` are text, only true and false are booleans."""
+
+
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":timestamp"))]
+    for first, resolvers in _Base.yaml_implicit_resolvers.items()
+}
+Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
 
 
 def read(file: Path) -> tuple[dict[str, Any], Lines]:
@@ -27,8 +41,9 @@ def read(file: Path) -> tuple[dict[str, Any], Lines]:
         raise SpecError(f"{file}: {len(raw):,} bytes; at most {MAX_BYTES:,} are allowed")
     try:
         text = raw.decode()
-        node = yaml.compose(text, Loader=yaml.CSafeLoader if hasattr(yaml, "CSafeLoader") else yaml.SafeLoader)
-        data = yaml.load(text, Loader=yaml.CSafeLoader if hasattr(yaml, "CSafeLoader") else yaml.SafeLoader)
+        loader = Loader(text)
+        node = loader.get_single_node()
+        data = loader.construct_document(node) if node is not None else None
     except UnicodeDecodeError:
         raise SpecError(f"{file}: not UTF-8 text") from None
     except yaml.YAMLError as e:
@@ -80,10 +95,9 @@ def _problem(model: type[BaseModel], data: Any, lines: Lines, file: Path, error:
     real: list[str | int] = []
     here: Any = data
     for part in loc:
-        if isinstance(here, dict) and part in here:
-            real.append(part)
-            here = here[part]
-        elif isinstance(here, (list, tuple)) and isinstance(part, int) and part < len(here):
+        if (isinstance(here, dict) and part in here) or (
+            isinstance(here, (list, tuple)) and isinstance(part, int) and part < len(here)
+        ):
             real.append(part)
             here = here[part]
     at = tuple(real)

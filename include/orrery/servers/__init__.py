@@ -32,7 +32,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from orrery import platform
 from orrery.airflow_api import AirflowApi
 from orrery.errors import OrreryError, UserError
 from orrery.servers import config, processes, settings
@@ -229,7 +228,14 @@ def _problem(name: ServerName, record: Record) -> str | None:
         answer = httpx.get(f"{record.url}/api/v2/monitor/health", timeout=10, trust_env=False)
         health = answer.json()
         sick = [part.replace("_", " ") for part in COMPONENTS if (health.get(part) or {}).get("status") != "healthy"]
-        return f"no sign of life from {', '.join(sick)}" if sick else None
+        if sick:
+            return f"no sign of life from {', '.join(sick)}"
+        # What tasks talk to builds itself at the first request, for ten seconds and more, and holds up
+        # the whole server meanwhile: better now than at the first task.
+        answer = httpx.get(f"{record.url}/execution/health", timeout=10, trust_env=False)
+        return None if answer.status_code == httpx.codes.OK else f"its task API answers {answer.status_code}"
+    except httpx.TimeoutException:
+        return "is busy"
     except httpx.TransportError:
         return "does not answer"
     except (ValueError, AttributeError):
@@ -382,4 +388,8 @@ def _log(home: Path, name: ServerName) -> Path:
 
 
 def _home(home: Path | None) -> Path:
-    return (home or platform.home()).resolve()
+    if home is None:
+        from orrery import platform  # only here: a broken platform.yaml must not keep `orrery down` from work
+
+        home = platform.home()
+    return home.resolve()

@@ -131,7 +131,7 @@ def airflow_environment(home: Path) -> dict[str, str]:
         # A killed worker is noticed after two minutes instead of five.
         "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "120",
         "AIRFLOW__LOGGING__COLORED_CONSOLE_LOG": "False",
-        "AIRFLOW__LOGGING__UVICORN_LOGGING_LEVEL": "warning",
+        "AIRFLOW__LOGGING__UVICORN_LOGGING_LEVEL": "WARNING",
         # Task logs are read from the folder; without a log server each look at a running task would
         # leave a stack trace. Requests are not news either.
         "AIRFLOW__LOGGING__NAMESPACE_LEVELS": "airflow.utils.log.file_task_handler=CRITICAL http.access=WARNING",

@@ -127,8 +127,8 @@ def port_holder(port: int) -> Process | None:
                 if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
                     inodes.add(f"socket:[{fields[9]}]")
     for pid in _pids() if inodes else ():
-        with suppress(OSError):
-            for fd in os.scandir(PROC / str(pid) / "fd"):
+        with suppress(OSError), os.scandir(PROC / str(pid) / "fd") as fds:
+            for fd in fds:
                 with suppress(OSError):
                     if os.readlink(fd.path) in inodes:  # noqa: PTH115 - a Path per descriptor is slow
                         return identify(pid)

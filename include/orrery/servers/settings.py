@@ -43,10 +43,10 @@ class Connection(_Entry):
     conn_port: int | Text | None = None
     conn_extra: dict[str, Any] | Text | None = None
 
-    @field_validator("conn_password")
+    @field_validator("conn_password", mode="before")
     @classmethod
-    def _no_password(cls, value: str | None) -> str | None:
-        if value and not REFERENCE.fullmatch(value):
+    def _no_password(cls, value: object) -> object:
+        if value and not (isinstance(value, str) and REFERENCE.fullmatch(value)):
             raise ValueError("a password must not stand in this file; allowed: one reference such as ${MY_PASSWORD}")
         return value
 

@@ -54,7 +54,9 @@ def flights(raw: pa.Table) -> pa.Table:
 
 @view(on=["origin"], ttl="3h")
 def weather(raw: pa.Table) -> pa.Table:
-    """The last hourly report of the origin airport: humid %, wind mph, precip log(1 + 1/100 inch), visib miles, hPa.
+    """Give the last hourly report of the origin airport.
+
+    Units: humid %, wind mph, precip log(1 + hundredths of an inch), visib miles, pressure hPa.
 
     No temperature: it tells the season first of all, and a model that saw only winter reads July wrongly.
     """
@@ -162,8 +164,8 @@ def calendar(rows: pa.Table) -> pa.Table:
 
 
 def _flights(raw: pa.Table) -> pd.DataFrame:
-    """The raw rows with `departed` and `arrived`: when each of the two was known; null when it never was."""
-    frame = raw.to_pandas()
+    """Return the raw rows with `departed` and `arrived`: when each of the two was known; null when it never was."""
+    frame: pd.DataFrame = raw.to_pandas()
     frame["departed"] = frame["scheduled_departure"] + _minutes(frame["dep_delay"])
     frame["arrived"] = frame["departed"] + _minutes(frame["air_time"]) + TAXI
     return frame
@@ -243,7 +245,8 @@ def _minute_of_day(clock: pd.Series) -> pd.Series:
 
 
 def _minutes(count: pd.Series) -> pd.Series:
-    return pd.to_timedelta(count, unit="min")
+    minutes: pd.Series = pd.to_timedelta(count, unit="min")
+    return minutes
 
 
 def _table(columns: Mapping[str, object]) -> pa.Table:

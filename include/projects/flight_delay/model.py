@@ -72,5 +72,5 @@ class WideAndDeep(nn.Module):
 
 
 def build(schema: Schema, params: Params) -> nn.Module:
-    """The module for these features; the engine trains it on binary cross-entropy with logits."""
+    """Return the module for these features; the engine trains it on binary cross-entropy with logits."""
     return WideAndDeep(list(schema.categorical.values()), schema.numeric_width, params)

@@ -1,0 +1,215 @@
+"""The whole loop on real flights, through Airflow's REST API: `make demo`.
+
+January to March land and are ingested; their three months of features make up a quarter, so training starts
+by itself; the champion is promoted; April lands and is scored. Ends non-zero, with the failing task's log,
+when anything fails. Writes var/demo/report.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from orrery import platform, servers
+from orrery.airflow_api import AirflowApi, Run
+from orrery.errors import OrreryError, TryAgain, UserError
+from orrery.ledger import Ledger
+from orrery.runner import interpreter, venvs
+
+PROJECT = "flight_delay"
+WINDOW = ("2013-01", "2013-02", "2013-03")
+QUARTER = "2013-Q1"
+SCORED = "2013-04"
+HERE = Path(__file__).resolve().parent
+MARKS = {"success": "[green]✓[/]", "failed": "[red]✗[/]", "upstream_failed": "[red]–[/]", "running": "[cyan]●[/]",
+         "up_for_retry": "[yellow]↻[/]", "skipped": "[dim]»[/]", "queued": "[dim]…[/]", "scheduled": "[dim]…[/]"}  # fmt: skip
+console = Console(highlight=False, soft_wrap=True)
+
+
+class Story:
+    """What is shown while it runs: a table that redraws on a terminal, a line per change in a log."""
+
+    def __init__(self, api: AirflowApi, began: float) -> None:
+        self.api, self.began = api, began
+        self.watched: list[tuple[str, str]] = []
+        self.states: dict[tuple[str, str, str], str] = {}
+        # Runs of an earlier demo on the same Airflow are not this one's.
+        self.earlier = {run.run_id for run in api.runs()}
+
+    def wait(self, watched: list[tuple[str, str]], what: str, timeout: float = 600) -> list[Run]:
+        """Wait for one run per (Dag, partition) to end; raise with the log when one fails."""
+        self.watched = [*self.watched, *(w for w in watched if w not in self.watched)]
+        deadline = time.monotonic() + timeout
+        live = Live(console=console, refresh_per_second=2) if console.is_terminal else None
+        if live:
+            live.start()
+        try:
+            while True:
+                runs = [self._look(dag, key) for dag, key in watched]
+                if live:
+                    live.update(self._table())
+                for run in runs:
+                    if run is not None and run.done and not run.ok:
+                        raise UserError(f"{run.dag_id} {run.partition_key} failed:\n{self.api.failures(run)}")
+                done = [run for run in runs if run is not None and run.ok]
+                if len(done) == len(watched):
+                    return done
+                if time.monotonic() > deadline:
+                    raise TryAgain(
+                        f"{what} has not ended after {timeout:.0f} s", hint="see `make status` and Airflow's UI"
+                    )
+                time.sleep(1.0)
+        finally:
+            if live:
+                live.stop()
+
+    def _look(self, dag: str, key: str) -> Run | None:
+        runs = [run for run in self.api.runs(dag, partition_key=key) if run.run_id not in self.earlier]
+        if not runs:
+            return None
+        for task in self.api.tasks(runs[0]):
+            state, at = task.state or "waiting", (dag, key, task.task_id)
+            if self.states.get(at) != state:
+                self.states[at] = state
+                if not console.is_terminal and state in ("success", "failed", "skipped", "up_for_retry"):
+                    spent = f" ({task.seconds:.0f} s)" if task.seconds else ""
+                    console.print(f"{time.monotonic() - self.began:5.0f} s  {dag} {key} {task.task_id}: {state}{spent}")
+        return runs[0]
+
+    def _table(self) -> Table:
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for dag, key in self.watched:
+            tasks = [f"{MARKS.get(s, '·')} {t}" for (d, k, t), s in self.states.items() if (d, k) == (dag, key)]
+            table.add_row(f"[bold]{dag}[/]", key, "  ".join(tasks))
+        table.add_row(f"[dim]{time.monotonic() - self.began:.0f} s[/]", "", "")
+        return table
+
+
+def land(months: tuple[str, ...]) -> None:
+    """Play the upstream system: land these months where the platform's `data` says."""
+    env = {**os.environ, "PYTHONPATH": str(venvs() / "upstream")}
+    argv = [str(interpreter("ml")), str(HERE / "land.py"), "--out", platform.load().data, "--months", *months]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"the upstream data could not be landed:\n{done.stdout}{done.stderr}")
+
+
+def measure(partition: str) -> dict[str, Any]:
+    """Return how good the scores of a partition were."""
+    argv = [str(interpreter("ml")), str(HERE / "measure.py"), PROJECT, partition]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=platform.home())
+    if done.returncode:
+        raise UserError(f"the scores could not be measured:\n{done.stderr[-3000:]}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def timed(seconds: dict[str, float], name: str, do: Callable[[], Any]) -> Any:
+    """Do something and note how long it took."""
+    began = time.monotonic()
+    value = do()
+    seconds[name] = round(time.monotonic() - began, 1)
+    return value
+
+
+def tell() -> dict[str, Any]:
+    """Run the story; return the report."""
+    began, seconds = time.monotonic(), dict[str, float]()
+    book = Ledger(platform.load().ledger)
+    before = len(book.find(PROJECT, "run"))
+    console.print(f"landing {', '.join(WINDOW)} from the upstream system")
+    timed(seconds, "land", lambda: land((*WINDOW, SCORED)))
+    timed(seconds, "servers", servers.up)
+    api = AirflowApi.of()
+    api.wait_for_dags(f"{PROJECT}.ingest", f"{PROJECT}.train", f"{PROJECT}.score")
+    story = Story(api, began)
+    ingest = [(f"{PROJECT}.ingest", key) for key in WINDOW]
+    for dag, key in ingest:
+        api.trigger(dag, {"reason": "make demo"}, partition_key=key)
+    timed(seconds, "ingest", lambda: story.wait(ingest, "ingest"))
+    train = timed(seconds, "train", lambda: story.wait([(f"{PROJECT}.train", QUARTER)], "training", 900))[0]
+    api.trigger(f"{PROJECT}.ingest", {"reason": "make demo"}, partition_key=SCORED)
+    timed(seconds, "ingest_april", lambda: story.wait([(f"{PROJECT}.ingest", SCORED)], "ingest"))
+    score = timed(seconds, "score", lambda: story.wait([(f"{PROJECT}.score", SCORED)], "scoring"))[0]
+    quality = timed(seconds, "measure", lambda: measure(SCORED))
+    seconds["total"] = round(time.monotonic() - began, 1)
+    steps = [e.payload for e in book.find(PROJECT, "run")[before:]]
+    verdict = next(p for p in reversed(steps) if p["verb"] == "gate")
+    evaluation = next(p for p in reversed(steps) if p["verb"] == "evaluate")
+    return {
+        "verdict": verdict["verdict"],
+        "reasons": verdict["reasons"],
+        "holdout": evaluation["metrics"],
+        "scored": quality,
+        "seconds": seconds,
+        "steps": [{k: p.get(k) for k in ("verb", "key", "skipped", "seconds")} for p in steps],
+        "runs": {"train": train.run_id, "score": score.run_id},
+    }
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print the closing table."""
+    quality, holdout = report["scored"], report["holdout"]
+    table = Table(
+        title=f"{PROJECT}: champion version {quality['model_version']}",
+        title_justify="left",
+        title_style="bold",
+        box=None,
+    )
+    for column in ("AUC", "champion", "baseline"):
+        table.add_column(column, justify="left" if column == "AUC" else "right")
+    table.add_row("holdout (end of March)", f"{holdout['auc']:.4f}", f"{holdout['baseline_auc']:.4f}")
+    table.add_row(
+        f"{SCORED} ({quality['rows_with_label']:,} flights)", f"{quality['auc']:.4f}", f"{quality['baseline_auc']:.4f}"
+    )
+    console.print(table)
+    console.print(f"\n[bold]verdict:[/] {report['verdict']}")
+    for reason in report["reasons"]:
+        console.print(f"  {escape(reason)}")
+    console.print(f"[bold]scored:[/] {quality['rows_scored']:,} of {quality['rows']:,} rows of {SCORED}\n")
+    steps = Table(box=None)
+    for column in ("step", "on", "total s", "start", "import", "work", "commit", ""):
+        steps.add_column(column, justify="left" if column in ("step", "on", "") else "right")
+    for step in report["steps"]:
+        s = step["seconds"] or {}
+        cells = [f"{s[k]:.1f}" if k in s else "" for k in ("total", "start", "import", "work", "commit")]
+        steps.add_row(step["verb"], step["key"], *cells, "skipped" if step["skipped"] else "")
+    console.print(steps)
+    spent = ", ".join(f"{k} {v:.0f} s" for k, v in report["seconds"].items())
+    console.print(f"\n[bold]spent:[/] {spent}")
+
+
+def main() -> int:
+    """Entry of `make demo`; 0 when all went well."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    try:
+        report = tell()
+    except OrreryError as e:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]the demo failed:[/] {escape(str(e))}")
+        return e.exit_code
+    except KeyboardInterrupt:
+        console.print("\nstopped; the servers still run: `make status`, `make down`")
+        return 130
+    target = platform.home() / "var" / "demo" / "report.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(report, indent=1) + "\n")
+    show(report)
+    console.print(f"[bold]report:[/] {target}")
+    servers.status()
+    console.print("`make down` stops the servers; `orrery ledger flight_delay` tells who promoted what and why.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

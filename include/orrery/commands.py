@@ -1,0 +1,305 @@
+"""What people type: `orrery run`, `check`, `new`, `ledger`, `rollback`, `reproduce`, `up`, `down`, `status`."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import secrets
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from orrery import platform
+from orrery.contract import VERBS, Result
+from orrery.errors import RequestError, UserError, nearest
+from orrery.ledger import Ledger, moment
+from orrery.plan import Plan, Planner, Request
+
+app = typer.Typer(
+    name="orrery",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Keeps machine-learning models turning. `orrery COMMAND --help` tells more.",
+)
+out = Console(highlight=False, soft_wrap=True)
+Project = Annotated[str, typer.Argument(help="A folder of include/projects/.")]
+
+
+def actor() -> str:
+    """Return who types: the operating system's user name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
+
+
+def share(text: str) -> float:
+    """Return `1%` or `0.01` as a share between 0 and 1. Raises `RequestError`."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 < value <= 1:
+        raise RequestError(f"--sample {text!r} is not a share", hint="such as 1% or 0.01, above 0 and at most 100%")
+    return value
+
+
+@app.command()
+def run(
+    project: Project,
+    step: Annotated[str, typer.Argument(help=f"One of: {', '.join(VERBS)}.")],
+    partition: Annotated[str | None, typer.Option(help="Such as 2013-03.")] = None,
+    window: Annotated[str | None, typer.Option(help="First and last partition, such as 2013-01..2013-03.")] = None,
+    sample: Annotated[
+        str, typer.Option(help="Share of the rows, such as 1%; below 100% nothing is published.")
+    ] = "100%",
+    reason: Annotated[str, typer.Option(help="Why; goes into the ledger.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Do the work although nothing changed.")] = False,
+    version: Annotated[str | None, typer.Option(help="Model version, for promote.")] = None,
+) -> None:
+    """Run one step here and now, without Airflow, its inputs taken from the store."""
+    from orrery.runner import LocalProcess
+    from orrery.runner import run as carry
+
+    if step not in VERBS:
+        raise RequestError(f"unknown step {step!r}", hint=nearest(step, VERBS))
+    if step == "rollback":
+        raise RequestError("rollback is a command of its own", hint=f"orrery rollback {project}")
+    if version and step != "promote":
+        raise RequestError(f"--version is for promote, not for {step}")
+    if step == "promote" and not version:
+        raise RequestError("promote needs --version", hint="the number that register gave")
+    planner = Planner(project)
+    keys = planner.partitions_of(partition, window)
+    whole = VERBS[step].scope == "window"
+    name = f"cli--{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+    for group in [keys] if whole else [(k,) for k in keys]:
+        request = Request(
+            project=project,
+            verb=step,
+            partitions=group,
+            run=name,
+            task=step,
+            sample=share(sample),
+            actor=actor(),
+            reason=reason,
+            force=force,
+            options={"version": version} if version else {},
+        )
+        show(step, request.key, carry(planner, request, LocalProcess(), _secrets_note))
+
+
+def _secrets_note(plan: Plan) -> None:
+    """Fill a SQL source's secret from this shell: on Airflow it is a connection."""
+    for source in plan.config.params.get("sources", {}).values():
+        name = source.get("secret_env")
+        if name and name not in os.environ:
+            raise UserError(
+                f"the source needs the environment variable {name}",
+                hint="a SQLAlchemy URL, such as postgresql+psycopg://…",
+            )
+
+
+def show(step: str, key: str, result: Result) -> None:
+    """Print how a step ended."""
+    if result.skipped:
+        out.print(f"[green]✓[/] {step} {key}: skipped, {result.skipped}")
+    else:
+        spent = ", ".join(f"{k} {v:.1f} s" for k, v in result.seconds.items() if k in ("import", "work", "total"))
+        out.print(f"[green]✓[/] {step} {key}: {result.verdict or 'done'} ({spent})")
+    for reason in result.reasons:
+        out.print(f"    {reason}", markup=False)
+    for name, value in result.metrics.items():
+        out.print(f"    {name} {value:.5g}", markup=False)
+    planner_store = platform.load().store
+    for name, target in result.links.items():
+        out.print(f"    {name}: {target if '://' in target else f'{planner_store}/{target}'}", markup=False)
+    if result.output:
+        out.print(f"    {planner_store}/{result.output}", markup=False)
+
+
+@app.command()
+def check(
+    projects: Annotated[list[str] | None, typer.Argument(help="Projects; all when none is given.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of spec.yaml, for editors.")] = False,
+) -> None:
+    """Check specs, and that features.py and model.py import in their environment; show what changed in the features."""
+    from orrery import checking
+
+    if schema:
+        print(json.dumps(checking.json_schema(), indent=2))  # noqa: T201  a document for a file, not for reading
+        return
+    names = projects or platform.project_names()
+    if not names:
+        raise UserError(f"there are no projects in {platform.projects_folder()}", hint="orrery new NAME")
+    wrong = [name for name in names if not checking.report(name, out)]
+    if wrong:
+        raise UserError(f"{len(wrong)} of {len(names)} projects: {', '.join(wrong)}", hint="mend what is listed above")
+
+
+@app.command()
+def new(
+    project: Annotated[str, typer.Argument(help="Name of the new folder in include/projects/.")],
+    kind: Annotated[str, typer.Option(help="model or knowledge_base.")] = "model",
+    data: Annotated[list[str] | None, typer.Option(help="NAME=URI of a sample of a source; drafts its checks.")] = None,
+    task: Annotated[str, typer.Option(help="binary, multiclass or regression.")] = "binary",
+    owner: Annotated[str, typer.Option(help="The team that is called when it is red.")] = "",
+) -> None:
+    """Make a project's folder and Dag file, its checks drafted from data."""
+    from orrery import scaffold
+
+    for path in scaffold.create(project, kind, dict(_pair(d) for d in data or ()), task, owner or actor()):
+        out.print(f"[green]✓[/] {path}")
+    out.print(f"next: fill in what is marked in its files, then [bold]orrery check {project}[/]")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, uri = text.partition("=")
+    if not equals or not uri:
+        raise RequestError(
+            f"--data {text!r} is not NAME=URI", hint="such as flights=var/upstream/flights/2013-01.parquet"
+        )
+    return name, uri
+
+
+@app.command()
+def ledger(
+    project: Project,
+    at: Annotated[str | None, typer.Option(help="Only what was true at this time (ISO 8601, UTC).")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Every run of a step as well.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Lines of JSON.")] = False,
+) -> None:
+    """Show who promoted what, when, why and on which evidence; what was true at a time; what is unfinished."""
+    platform.project_folder(project)
+    book = Ledger(platform.load().ledger)
+    if at:
+        moment(at)
+    entries = [e for e in book.find(project, at=at) if all_ or e.kind != "run"]
+    if as_json:
+        for e in entries:
+            print(json.dumps(e.__dict__, sort_keys=True))  # noqa: T201
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("at (UTC)", "what", "who", "from → to", "why, and the evidence"):
+        table.add_column(column, overflow="fold")
+    for e in entries:
+        p = e.payload
+        change = (
+            f"{p.get('from') or '–'} → {p['version']}"
+            if "version" in p
+            else str(p.get("verdict") or p.get("status", ""))
+        )
+        what = f"{e.kind}{' (intent)' if e.phase == 'intent' else ''}" + (
+            f" {p['verb']} {p['key']}" if e.kind == "run" else ""
+        )
+        why = [p["reason"]] if p.get("reason") else []
+        why += list(p.get("reasons", ()))[:6] + list(p.get("evidence", {}).values())
+        table.add_row(e.at[:19].replace("T", " "), what, e.actor, change, "\n".join(why))
+    out.print(table)
+    now = book.champion(project, at)
+    out.print(
+        f"champion{f' at {at}' if at else ''}: "
+        + (f"version {now.version} since {now.since[:19]}, by {now.actor}" if now else "none")
+    )
+    done = {(e.kind, e.key) for e in entries if e.phase == "done"}
+    for e in entries:
+        if e.phase == "intent" and (e.kind, e.key) not in done:
+            out.print(
+                f"[yellow]unfinished:[/] {e.kind} to version {e.payload['version']} of {e.at[:19]}: clear its task"
+            )
+
+
+@app.command()
+def rollback(
+    project: Project,
+    to: Annotated[str | None, typer.Option(help="The version; the champion before this one when not given.")] = None,
+    reason: Annotated[str, typer.Option(help="Why; goes into the ledger.")] = "",
+) -> None:
+    """Make an earlier version the champion again, once it has scored a probe batch."""
+    from orrery.runner import LocalProcess
+    from orrery.runner import run as carry
+
+    planner = Planner(project)
+    versions, now = planner.ledger.versions(project), planner.champion()
+    if now is None:
+        raise UserError(f"{project} has no champion, so there is nothing to roll back")
+    earlier = [v for v in versions if v != now.version]
+    target = to or (_before(planner, now.version) if earlier else None)
+    if target is None:
+        raise UserError(f"version {now.version} is the only champion there ever was", hint="train a better one")
+    if target not in versions or target == now.version:
+        raise RequestError(f"cannot roll back to version {target!r}", hint=nearest(str(target), earlier))
+    model = planner.store.manifest(versions[target])
+    if model is None:
+        raise UserError(f"the model of version {target} ({versions[target]}) is gone from {planner.store.uri}")
+    keys = tuple(ref.key for ref in model.inputs["features"])
+    name = f"cli--{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+    options: dict[str, Any] = {"version": target, "model": versions[target]}
+    request = Request(project, "rollback", keys, name, "rollback", actor=actor(), reason=reason, options=options)
+    show("rollback", request.key, carry(planner, request, LocalProcess()))
+    out.print(f"champion of {project}: version {now.version} → {target}")
+
+
+def _before(planner: Planner, version: str) -> str | None:
+    """Return the champion before the present one, by the ledger."""
+    changes = [e for e in planner.ledger.find(planner.project, phase="done") if e.kind in ("promotion", "rollback")]
+    earlier = [str(e.payload["version"]) for e in changes if str(e.payload["version"]) != version]
+    return earlier[-1] if earlier else None
+
+
+@app.command()
+def reproduce(
+    project: Project,
+    what: Annotated[
+        str, typer.Argument(help="A model version, or an attempt's folder in the store (from the ledger or a log).")
+    ],
+) -> None:
+    """Repeat a failed attempt from its recorded config, or retrain a version and compare the weights."""
+    from orrery import reproducing
+
+    planner = Planner(project)
+    if "/" in what:
+        show("again", what, reproducing.attempt(planner, what))
+        return
+    was, now = reproducing.version(planner, what)
+    if was != now:
+        raise UserError(
+            f"version {what} has weights {was[:16]}, the retrained ones are {now[:16]}",
+            hint="other hardware or library builds?",
+        )
+    out.print(f"[green]✓[/] version {what} retrained to the same weights: {now}")
+
+
+@app.command()
+def up() -> None:
+    """Start Airflow and MLflow on loopback."""
+    from orrery import servers
+
+    servers.up()
+
+
+@app.command()
+def down() -> None:
+    """Stop both, and everything they started."""
+    from orrery import servers
+
+    servers.down()
+
+
+@app.command()
+def status() -> None:
+    """Say what runs, where, and how to log in."""
+    from orrery import servers
+
+    servers.status()
+
+
+@app.command(hidden=True)
+def step() -> None:
+    """Run one attempt of one step (for machines): `orrery step --config URI --result URI`."""
+    raise RequestError("`orrery step` needs --config and --result")

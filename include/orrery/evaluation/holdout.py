@@ -1,0 +1,92 @@
+"""The rows that a candidate is measured on: later than all it was fitted and tuned on, label known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from orrery.data import tables
+from orrery.errors import DataError, nearest
+from orrery.evaluation.metrics import Array, Task
+from orrery.training.schema import to_float
+
+
+@dataclass(frozen=True)
+class Holdout:
+    """The rows, and their labels: 0.0/1.0, values, or numbers of `classes` (multiclass)."""
+
+    table: pa.Table
+    y: npt.NDArray[Any]
+    classes: tuple[str, ...] = ()
+
+    @property
+    def mean_label(self) -> Array:
+        """The labels as numbers, for means (multiclass: the class's number, which has no mean worth showing)."""
+        return np.asarray(self.y, np.float64)
+
+
+def read(files: Iterable[Path], start: str, share: float = 1.0) -> pa.Table:
+    """Return the rows of features files with a label and prediction_time >= `start` (ISO 8601), in file order.
+
+    `share` samples by key, as training does. Raises `DataError` when no row is left.
+    """
+    parts = []
+    for file in files:
+        part = tables.read_parquet(file)
+        moment = _moment(start, part.schema.field(tables.PREDICTION_TIME).type)
+        kept = pc.and_(pc.greater_equal(part[tables.PREDICTION_TIME], moment), pc.is_valid(part[tables.LABEL]))
+        parts.append(part.filter(kept))
+    table = tables.sample(pa.concat_tables(parts, promote_options="permissive"), share)
+    if not table.num_rows:
+        raise DataError(
+            f"no row with a label at or after {start}: there is nothing to evaluate on",
+            hint="are the labels of the window's last partition known yet? see label.delay and split.holdout",
+        )
+    return table
+
+
+def _moment(text: str, kind: pa.DataType) -> pa.Scalar:
+    moment = datetime.fromisoformat(text)
+    moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    return pa.scalar(moment if kind.tz else moment.replace(tzinfo=None), type=kind)
+
+
+def labelled(table: pa.Table, task: Task, classes: tuple[str, ...] = ()) -> Holdout:
+    """Return the rows with their labels as numbers. A class that no model knows is added after `classes`.
+
+    Raises `DataError` for a binary label that is neither 0 nor 1, or a value that is not finite.
+    """
+    column = table[tables.LABEL]
+    if task == "multiclass":
+        texts = column.cast(pa.string())
+        new = sorted(set(pc.unique(texts).to_pylist()) - set(classes))
+        all_classes = (*classes, *new)
+        numbers = pc.index_in(texts, value_set=pa.array(all_classes, pa.string()))
+        return Holdout(table, numbers.to_numpy(zero_copy_only=False).astype(np.int64), all_classes)
+    y = np.asarray(to_float(column), np.float64)
+    if task == "binary" and (odd := sorted({float(v) for v in y[~np.isin(y, (0.0, 1.0))]})):
+        raise DataError(f"a binary label is 0 or 1; found {', '.join(f'{v:g}' for v in odd[:5])}")
+    if not np.isfinite(y).all():
+        raise DataError(f"{int((~np.isfinite(y)).sum()):,} labels are not finite numbers")
+    return Holdout(table, y)
+
+
+def groups(table: pa.Table, name: str) -> tuple[list[str], npt.NDArray[np.int64]]:
+    """Return the distinct values of a column as text, sorted, and each row's place among them.
+
+    Raises `DataError` for a column that is not there.
+    """
+    if name not in table.column_names:
+        raise DataError(f"the features have no column {name!r}", hint=nearest(name, table.column_names))
+    texts = pc.fill_null(table[name].cast(pa.string()), "(missing)")
+    values = sorted(pc.unique(texts).to_pylist())
+    place = pc.index_in(texts, value_set=pa.array(values, pa.string()))
+    return values, place.to_numpy(zero_copy_only=False).astype(np.int64)

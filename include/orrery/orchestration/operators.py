@@ -1,0 +1,164 @@
+"""The house operators: one step each, local (a virtual environment) or on Kubernetes (an image)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from airflow.sdk import BaseOperator
+from airflow.sdk.exceptions import AirflowSkipException
+
+from orrery.contract import VERBS, Result
+from orrery.errors import OrreryError, RequestError
+from orrery.orchestration import links, params
+from orrery.plan import Plan, Planner, Request
+from orrery.runner import LocalProcess, relay, run
+
+if TYPE_CHECKING:
+    from airflow.sdk import Context
+
+log = logging.getLogger("orrery.step")
+
+
+class StepOperator(BaseOperator):
+    """Runs one verb of a project. The Dag's request says on what; everything else is the project's.
+
+    A verb on partitions inside a Dag on windows (`materialize` before `train`) is carried through the
+    window in order; what is unchanged is skipped before any process is started.
+    """
+
+    ui_color = "#e8eef7"
+    operator_extra_links = tuple(link() for link in links.LINKS)
+
+    def __init__(self, *, project: str, verb: str, window: bool, chain: tuple[str, ...] = (), **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.project, self.verb, self.window, self.chain = project, verb, window, chain
+        self._launcher: Any = None
+
+    def execute(self, context: Context) -> dict[str, Any]:
+        """Return a small summary of the result. Raises the typed error of the step (see `retry`)."""
+        try:
+            return self._execute(context)
+        except OrreryError as e:
+            log.error("%s", e)
+            if e.details.get("links"):
+                self._push_links(context, Result(links=dict(e.details["links"])))  # type: ignore[call-overload]
+            # The frames that lead here say nothing to the reader of the log; the message above says it all.
+            raise e.with_traceback(None) from None
+
+    def _execute(self, context: Context) -> dict[str, Any]:
+        planner = Planner(self.project)
+        asked = params.read(context, planner, window=self.window)
+        requests = self._requests(context, asked)
+        if asked.dry_run:
+            self._say_plan(planner, requests)
+            raise AirflowSkipException("dry run: nothing was done")
+        results = [self._one(context, planner, request) for request in requests]
+        self._emit(context, requests)
+        return summary(results[-1], len(results))
+
+    def _requests(self, context: Context, asked: params.Asked) -> list[Request]:
+        ti, dag_run = context["ti"], context["dag_run"]
+        whole = VERBS[self.verb].scope == "window"
+        groups = [asked.partitions] if whole else [(key,) for key in asked.partitions]
+        return [
+            Request(
+                project=self.project,
+                verb=self.verb,
+                partitions=keys,
+                run=params.run_name(dag_run),
+                task=ti.task_id,
+                attempt=ti.try_number,
+                actor=asked.actor,
+                reason=asked.reason,
+                force=asked.force,
+                options=self._options(context),
+            )
+            for keys in groups
+        ]
+
+    def _options(self, context: Context) -> Mapping[str, Any]:
+        if self.verb != "promote":
+            return {}
+        registered = context["ti"].xcom_pull(task_ids="register") or {}
+        return {"version": registered.get("facts", {}).get("model_version", "none")}
+
+    def _one(self, context: Context, planner: Planner, request: Request) -> Result:
+        if self.verb == "score" and planner.champion() is None:
+            log.info("%s has no champion yet: there is nothing to score %s with", self.project, request.key)
+            return Result(verdict="skipped", skipped="no champion yet")
+        self._launcher = self._make_launcher(context, planner)
+        result = run(planner, request, self._launcher)
+        if result.skipped:
+            log.info("%s %s: skipped, %s", self.verb, request.key, result.skipped)
+        self._push_links(context, result)
+        return result
+
+    def _make_launcher(self, context: Context, planner: Planner) -> Any:
+        local = LocalProcess(on_line=lambda line: relay(line, _emit))
+        secrets = self._source_secrets(planner)
+
+        def launch(plan: Plan) -> int:
+            plan.environment.update(secrets)
+            return local(plan)
+
+        launch.stop = local.stop  # type: ignore[attr-defined]
+        return launch
+
+    def _source_secrets(self, planner: Planner) -> dict[str, str]:
+        """Return the URLs of SQL sources, from Airflow's connections, for the ingest step's environment alone."""
+        if self.verb != "ingest":
+            return {}
+        from airflow.sdk import BaseHook
+
+        found = {n: s.connection for n, s in planner.spec.sources.items() if s.connection}
+        return {f"ORRERY_SOURCE_{n.upper()}": BaseHook.get_connection(c).get_uri() for n, c in found.items()}
+
+    def _push_links(self, context: Context, result: Result) -> None:
+        for key, url in links.urls(result).items():
+            context["ti"].xcom_push(key=key, value=url)
+
+    def _emit(self, context: Context, requests: list[Request]) -> None:
+        """Say which partitions the outlets' events are about."""
+        for outlet in self.outlets:
+            context["outlet_events"][outlet].add_partitions([r.partitions[-1] for r in requests])
+
+    def _say_plan(self, planner: Planner, requests: list[Request]) -> None:
+        for verb in (self.verb, *self.chain):
+            log.info("dry run: would run %s of %s (%s)", verb, self.project, VERBS[verb].environment)
+        for request in requests:
+            try:
+                plan = planner.plan(request)
+            except RequestError as e:
+                log.info("dry run: %s %s: %s", request.verb, request.key, e)
+                continue
+            state = f"skipped, {plan.done.skipped}" if plan.done else "would be done"
+            log.info("dry run: %s %s: %s", request.verb, request.key, state)
+
+    def on_kill(self) -> None:
+        """Stop the step's process and all it started."""
+        if self._launcher is not None:
+            self._launcher.stop()
+
+
+def _emit(level: int, event: str, fields: dict[str, Any]) -> None:
+    rest = " ".join(f"{k}={v}" for k, v in fields.items() if k != "exception")
+    log.log(level, "%s%s", event, f"  {rest}" if rest else "")
+    if fields.get("exception"):
+        log.log(level, "%s", fields["exception"])
+
+
+def summary(result: Result, count: int) -> dict[str, Any]:
+    """Return what goes into XCom: small JSON, no data."""
+    return {
+        "verdict": result.verdict,
+        "skipped": result.skipped,
+        "output": result.output,
+        "digest": result.digest,
+        "metrics": result.metrics,
+        "facts": {k: v for k, v in result.facts.items() if k == "model_version"},
+        "reasons": result.reasons[:20],
+        "seconds": result.seconds,
+        "steps": count,
+    }

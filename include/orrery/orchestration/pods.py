@@ -1,0 +1,108 @@
+"""The same step as a pod: image, resources and placement from the compute class, the same argv, the same result."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
+from kubernetes.client import models as k8s
+
+from orrery import platform
+from orrery.errors import OrreryError
+from orrery.orchestration.operators import StepOperator
+from orrery.plan import Plan, safe_name
+from orrery.platform import Compute, Platform
+
+if TYPE_CHECKING:
+    from airflow.sdk import Context
+
+    from orrery.plan import Planner
+
+
+class PodStepOperator(StepOperator, KubernetesPodOperator):
+    """Runs one verb in a pod. What is asked for, planned, skipped and recorded is `StepOperator`'s."""
+
+    def __init__(
+        self, *, project: str, verb: str, window: bool, compute: str, chain: tuple[str, ...] = (), **kwargs: Any
+    ) -> None:
+        from orrery.contract import VERBS
+
+        where = platform.load()
+        pod = pod_arguments(where, where.compute_class(compute), VERBS[verb].environment, project, verb)
+        super().__init__(project=project, verb=verb, window=window, chain=chain, **pod, **kwargs)
+
+    def execute(self, context: Context) -> dict[str, Any]:
+        """Return a small summary of the result, like `StepOperator.execute`."""
+        result = StepOperator.execute(self, context)
+        # `do_xcom_push` would mean the pod operator's sidecar, so the summary is pushed by hand.
+        context["ti"].xcom_push(key="return_value", value=result)
+        return result
+
+    def _make_launcher(self, context: Context, planner: Planner) -> Any:
+        def launch(plan: Plan) -> int:
+            self.arguments = step_arguments(plan)
+            self.labels = {
+                **(self.labels or {}),
+                "orrery/run": plan.config.run[-63:].strip("-_."),
+                "orrery/attempt": str(plan.config.attempt),
+            }
+            self.env_vars = [k8s.V1EnvVar(name=k, value=v) for k, v in sorted(plan.environment.items())]
+            try:
+                KubernetesPodOperator.execute(self, context)
+            except OrreryError:
+                raise
+            except (
+                Exception
+            ) as e:  # the pod operator raises one type for every end; the result document tells them apart
+                self.log.warning("the pod did not end well: %s", e)
+                return 1
+            return 0
+
+        return launch
+
+    def on_kill(self) -> None:
+        """Delete the pod."""
+        KubernetesPodOperator.on_kill(self)
+
+
+def step_arguments(plan: Plan) -> list[str]:
+    """Return the container's arguments; URIs are ours, made of checked segments, and no shell is involved."""
+    folder = f"{plan.config.store}/{plan.config.folder}"
+    return ["step", "--config", f"{folder}/config.json", "--result", f"{folder}/result.json"]
+
+
+def pod_arguments(where: Platform, compute: Compute, environment: str, project: str, verb: str) -> dict[str, Any]:
+    """Return KubernetesPodOperator's arguments for one step on one compute class. Each unusual one says why."""
+    requests: dict[str, str] = {"cpu": compute.cpu, "memory": compute.memory}
+    limits: dict[str, str] = {"memory": compute.memory}
+    if compute.gpu:
+        limits["nvidia.com/gpu"] = str(compute.gpu)
+    cluster = where.kubernetes
+    secret = [k8s.V1EnvFromSource(secret_ref=k8s.V1SecretEnvSource(name=cluster.secret))] if cluster.secret else []
+    return {
+        "name": safe_name(f"{project}-{verb}").replace("_", "-").lower(),
+        "namespace": cluster.namespace,
+        "kubernetes_conn_id": cluster.connection,
+        "in_cluster": None if cluster.connection else True,
+        "service_account_name": compute.service_account or cluster.service_account,
+        "image": compute.image or where.environments[environment].image,
+        "cmds": ["orrery"],
+        "labels": {"orrery/project": project, "orrery/step": verb},
+        # No CPU limit: a throttled step is slower and no safer; memory is what must not be exceeded.
+        "container_resources": k8s.V1ResourceRequirements(requests=requests, limits=limits),
+        "node_selector": dict(compute.node_selector),
+        "tolerations": [k8s.V1Toleration(**_snake(t)) for t in compute.tolerations],
+        "env_from": secret,
+        # The result document is the truth; the XCom sidecar would be a second one, and needs websocket exec.
+        "do_xcom_push": False,
+        "get_logs": True,
+        "on_finish_action": "delete_pod",
+        # 30 s of grace covers a step's clean end (SIGTERM to exit 143).
+        "termination_grace_period": 30,
+        "security_context": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
+        "automount_service_account_token": False,
+    }
+
+
+def _snake(toleration: dict[str, str | int]) -> dict[str, str | int]:
+    return {"toleration_seconds" if k == "tolerationSeconds" else k: v for k, v in toleration.items()}

@@ -1,0 +1,28 @@
+"""Which failures are worth another attempt: decided by the kind of error, never by its text."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from airflow.sdk import ExceptionRetryPolicy, RetryAction, RetryRule
+
+RETRIES = 3
+DELAY = timedelta(seconds=20)
+MAX_DELAY = timedelta(minutes=10)
+
+
+def policy() -> ExceptionRetryPolicy:
+    """Return the retry policy of every step.
+
+    64 (someone must act) fails at once; 75 and 143 are tried again after a short wait; what is left, a bug or
+    a process that vanished, is tried again with Airflow's back-off.
+    """
+    return ExceptionRetryPolicy(
+        rules=[
+            RetryRule("orrery.errors.UserError", RetryAction.FAIL, reason="64: someone must act, see the message"),
+            RetryRule(
+                "orrery.errors.TryAgain", RetryAction.RETRY, DELAY, reason="75: something outside was not available"
+            ),
+            RetryRule("orrery.errors.Interrupted", RetryAction.RETRY, DELAY, reason="143: interrupted"),
+        ]
+    )

@@ -1,0 +1,70 @@
+"""Doing it again: a failed attempt from its recorded config, a registered version from its manifests."""
+
+from __future__ import annotations
+
+import secrets
+
+from pydantic import ValidationError
+
+from orrery import bundle, fingerprint
+from orrery.contract import VERBS, Result, StepConfig
+from orrery.errors import RequestError, UserError, nearest
+from orrery.plan import Plan, Planner
+from orrery.runner import LocalProcess, prepare, raise_for, read_result
+from orrery.store import Manifest
+
+
+def _again(planner: Planner, recorded: StepConfig) -> Result:
+    """Run a recorded config in a folder and at an address of its own: what is committed stays as it is."""
+    mark = f"reproduce-{secrets.token_hex(4)}"
+    address = fingerprint.digest({**recorded.fingerprint, "again": mark})[:32] if recorded.address else None
+    config = recorded.model_copy(
+        update={
+            "run": mark,
+            "attempt": 1,
+            "address": address,
+            "folder": f"{recorded.project}/runs/{mark}/{recorded.task}/1",
+            "store": planner.store.uri,
+            # A repeat must not become the partition that counts.
+            "publish": False,
+        }
+    )
+    if not planner.store.exists(bundle.path_of(config.bundle)):
+        raise UserError(f"the project's code of that time ({config.bundle[:12]}) is gone from {planner.store.uri}")
+    plan = Plan(config, VERBS[config.verb], planner._secrets(VERBS[config.verb]))
+    prepare(plan, planner.store)
+    result = read_result(planner.store, config, LocalProcess()(plan))
+    raise_for(plan, result)
+    return result
+
+
+def attempt(planner: Planner, folder: str) -> Result:
+    """Repeat the attempt whose config lies in `folder` of the store. Raises what the step raises."""
+    path = f"{folder.strip('/').removesuffix('/config.json')}/config.json"
+    try:
+        config = StepConfig.model_validate_json(planner.store.read(path))
+    except FileNotFoundError:
+        raise RequestError(
+            f"{planner.store.uri}/{path}: there is no such attempt",
+            hint="orrery ledger PROJECT --all --json lists them",
+        ) from None
+    except ValidationError:
+        raise RequestError(f"{planner.store.uri}/{path} is not the config of an attempt") from None
+    if config.project != planner.project:
+        raise RequestError(f"that attempt is of project {config.project!r}, not {planner.project!r}")
+    if VERBS[config.verb].effect:
+        raise RequestError(f"{config.verb} changes the registry: run it again, do not reproduce it")
+    return _again(planner, config)
+
+
+def version(planner: Planner, number: str) -> tuple[str, str]:
+    """Retrain a registered version; return the weights digests recorded and found now (64 hex digits each)."""
+    versions = planner.ledger.registered(planner.project)
+    if number not in versions:
+        raise RequestError(f"{planner.project} has no version {number!r}", hint=nearest(number, versions))
+    manifest: Manifest | None = planner.store.manifest(versions[number])
+    if manifest is None:
+        raise UserError(f"the model of version {number} is gone from {planner.store.uri}")
+    config = StepConfig.model_validate_json(planner.store.read(f"{manifest.attempt}/config.json"))
+    result = _again(planner, config)
+    return str(manifest.facts["weights_digest"]), str(result.facts["weights_digest"])

@@ -1,0 +1,84 @@
+"""A project's model.py: which of `build` and `fit` it has, and its Params with the values asked for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from pydantic import BaseModel, ValidationError
+
+from orrery import bundle
+from orrery.errors import SpecError, nearest
+
+ARGUMENTS = {"build": ("schema", "params"), "fit": ("train", "valid", "params")}
+
+
+class NoParams(BaseModel):
+    """What a model.py without a `Params` of its own is given."""
+
+
+@dataclass(frozen=True)
+class UserModel:
+    """The two things that training needs of a model.py."""
+
+    kind: Literal["build", "fit"]
+    function: Callable[..., Any]
+    params: type[BaseModel]
+
+
+def load(folder: Path, project: str) -> UserModel:
+    """Import `<folder>/model.py`. Raises `SpecError` when it does not say what to train, or says it twice."""
+    module = bundle.load_module(folder, project, "model")
+    kind = _kind(module)
+    function = getattr(module, kind)
+    try:
+        inspect.signature(function).bind(*ARGUMENTS[kind])
+    except TypeError:
+        wanted = f"{kind}({', '.join(ARGUMENTS[kind])})"
+        raise SpecError(f"model.py: {kind}{inspect.signature(function)} cannot be called as {wanted}") from None
+    params = getattr(module, "Params", NoParams)
+    if not (isinstance(params, type) and issubclass(params, BaseModel)):
+        raise SpecError("model.py: Params is not a pydantic model", hint="class Params(BaseModel): ...")
+    return UserModel(kind, function, params)
+
+
+def _kind(module: ModuleType) -> Literal["build", "fit"]:
+    has = [name for name in ("build", "fit") if callable(getattr(module, name, None))]
+    if len(has) != 1:
+        found = "has both `build` and `fit`" if has else "has neither `build` nor `fit`"
+        raise SpecError(
+            f"model.py {found}; exactly one is wanted",
+            hint="build(schema, params) -> torch module, or fit(train, valid, params) -> a model with to_onnx()",
+        )
+    return "build" if has[0] == "build" else "fit"
+
+
+def values(model: UserModel, overrides: Mapping[str, Any]) -> BaseModel:
+    """Return Params with `overrides` over its defaults. Raises `SpecError` for an unknown name or a wrong value."""
+    for name in overrides:
+        if name not in model.params.model_fields:
+            raise SpecError(
+                f"train.params: model.py's Params has no {name!r}", hint=nearest(name, model.params.model_fields)
+            )
+    try:
+        return model.params.model_validate(dict(overrides))
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        hint = "" if where in overrides else "give it a default in model.py, or a value under train.params in spec.yaml"
+        raise SpecError(f"train.params.{where}: {first['msg']}, got {first['input']!r}", hint=hint) from None
+
+
+def inspect_model(folder: Path, project: str) -> dict[str, Any]:
+    """Return what `orrery check` shows: {"kind", "params": {name: {"default", "tunable"}}}. Raises `SpecError`."""
+    model = load(folder, project)
+    params = {}
+    for name, field in model.params.model_fields.items():
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        default = None if field.is_required() else field.get_default(call_default_factory=True)
+        params[name] = {"default": default, "tunable": extra.get("tunable")}
+    return {"kind": model.kind, "params": params}
