@@ -28,8 +28,8 @@ PAGE = 100  # the most that Airflow returns at once ([api] maximum_page_limit)
 FINISHED = frozenset({"success", "failed"})
 # Of a log entry: what is written in front or below, and what every entry repeats.
 NOT_SHOWN = frozenset(
-    "timestamp level event logger filename lineno loc error_detail"
-    " ti_id ti dag_id run_id task_id map_index try_number".split()
+    {"timestamp", "level", "event", "logger", "filename", "lineno", "loc", "error_detail"}
+    | {"ti_id", "ti", "dag_id", "run_id", "task_id", "map_index", "try_number"}
 )
 FAILED_TASK = frozenset({"failed", "upstream_failed"})
 

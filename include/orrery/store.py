@@ -111,7 +111,7 @@ class Store:
     def __init__(self, uri: str) -> None:
         self.uri = uri.rstrip("/")
         try:
-            self.fs, root = fsspec.core.url_to_fs(self.uri, **_options(self.uri))
+            self.fs, root = fsspec.core.url_to_fs(self.uri, **storage_options(self.uri))
         except (ImportError, ValueError) as e:
             raise UserError(
                 f"store {self.uri!r} cannot be used: {e}", hint="a folder (file://…) or s3://bucket/…"
@@ -378,7 +378,7 @@ def trouble(where: str) -> Iterator[None]:
         raise
 
 
-def _options(uri: str) -> dict[str, Any]:
+def storage_options(uri: str) -> dict[str, Any]:
     """Return fsspec's options for a URI. An S3 endpoint comes from AWS_ENDPOINT_URL, as for every AWS tool."""
     if not uri.startswith("s3://"):
         return {}

@@ -10,10 +10,10 @@ content digest does not cover. Decides nothing; see `gate`.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -142,9 +142,7 @@ def _report(
     }
 
 
-def _compare(
-    work: Work, params: EvaluateParams, rows: Holdout, predictions: Predictions
-) -> dict[str, Difference]:
+def _compare(work: Work, params: EvaluateParams, rows: Holdout, predictions: Predictions) -> dict[str, Difference]:
     task = work.spec.task
     statistics = {n: bootstrap.primary_statistic(task, rows.y, p) for n, p in predictions.items()}
     candidate = statistics.pop("candidate")
@@ -202,7 +200,7 @@ def _measurements(work: Work, training: Manifest, candidate: Exported, table: pa
 
 
 def _flat(report: dict[str, Any]) -> dict[str, float]:
-    """Return the report's metrics and differences under flat names: auc, baseline_auc, champion_auc, champion_delta …"""
+    """Return the report's metrics and differences under flat names: auc, baseline_auc, champion_delta …"""
     out: dict[str, float] = {}
     for model, values in report["metrics"].items():
         prefix = "" if model == "candidate" else f"{model}_"
@@ -234,6 +232,6 @@ def _figures(work: Work, rows: Holdout, predictions: Predictions, report: dict[s
 
 @contextmanager
 def _timed(work: Work, what: str) -> Iterator[None]:
-    began = datetime.now(UTC)
+    began = time.monotonic()
     yield
-    work.log.info(f"evaluate: {what}", seconds=round((datetime.now(UTC) - began).total_seconds(), 2))
+    work.log.info(f"evaluate: {what}", seconds=round(time.monotonic() - began, 2))

@@ -90,7 +90,8 @@ class Exported:
         outside = int(((values < 0) | (values > 1)).sum())
         if outside:
             raise DataError(
-                f"{self.name}: {outside:,} predictions are no probabilities, from {values.min():.4g} to {values.max():.4g}",
+                f"{self.name}: {outside:,} predictions are no probabilities, "
+                f"they go from {values.min():.4g} to {values.max():.4g}",
                 hint="the graph ends before its sigmoid or softmax",
             )
         if values.ndim == 2 and (off := int((np.abs(values.sum(axis=1) - 1) > SUM_TOLERANCE).sum())):
@@ -107,8 +108,7 @@ class Exported:
             began = time.perf_counter_ns()
             self.session.run(None, feed)
             times.append(time.perf_counter_ns() - began)
-        p50, p99 = np.percentile(times, [50, 99]) / 1e6
-        return Latency(float(p50), float(p99))
+        return Latency(float(np.percentile(times, 50)) / 1e6, float(np.percentile(times, 99)) / 1e6)
 
 
 def read_schema(file: Path, name: str) -> Schema:
@@ -122,7 +122,9 @@ def read_schema(file: Path, name: str) -> Schema:
         ) from None
 
 
-def load(open_input: Callable[[Manifest, str], Path], training: Manifest, name: str, file: str = "model.onnx") -> Exported:
+def load(
+    open_input: Callable[[Manifest, str], Path], training: Manifest, name: str, file: str = "model.onnx"
+) -> Exported:
     """Load one graph of a training's output; `name` is how messages call it."""
     schema = read_schema(open_input(training, "schema.json"), name)
     return Exported(open_input(training, file), schema, name)

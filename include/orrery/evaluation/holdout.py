@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from orrery.data import tables
 from orrery.errors import DataError, nearest
 from orrery.evaluation.metrics import Array, Task
-from orrery.training.schema import to_float
+from orrery.training import labels
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def read(files: Iterable[Path], start: str, share: float = 1.0) -> pa.Table:
     for file in files:
         part = tables.read_parquet(file)
         moment = _moment(start, part.schema.field(tables.PREDICTION_TIME).type)
-        kept = pc.and_(pc.greater_equal(part[tables.PREDICTION_TIME], moment), pc.is_valid(part[tables.LABEL]))
+        kept = pc.and_(pc.greater_equal(part[tables.PREDICTION_TIME], moment), labels.is_known(part[tables.LABEL]))
         parts.append(part.filter(kept))
     table = tables.sample(pa.concat_tables(parts, promote_options="permissive"), share)
     if not table.num_rows:
@@ -62,21 +62,12 @@ def _moment(text: str, kind: pa.DataType) -> pa.Scalar:
 def labelled(table: pa.Table, task: Task, classes: tuple[str, ...] = ()) -> Holdout:
     """Return the rows with their labels as numbers. A class that no model knows is added after `classes`.
 
-    Raises `DataError` for a binary label that is neither 0 nor 1, or a value that is not finite.
+    Raises `DataError` for a label that the task cannot have.
     """
-    column = table[tables.LABEL]
-    if task == "multiclass":
-        texts = column.cast(pa.string())
-        new = sorted(set(pc.unique(texts).to_pylist()) - set(classes))
-        all_classes = (*classes, *new)
-        numbers = pc.index_in(texts, value_set=pa.array(all_classes, pa.string()))
-        return Holdout(table, numbers.to_numpy(zero_copy_only=False).astype(np.int64), all_classes)
-    y = np.asarray(to_float(column), np.float64)
-    if task == "binary" and (odd := sorted({float(v) for v in y[~np.isin(y, (0.0, 1.0))]})):
-        raise DataError(f"a binary label is 0 or 1; found {', '.join(f'{v:g}' for v in odd[:5])}")
-    if not np.isfinite(y).all():
-        raise DataError(f"{int((~np.isfinite(y)).sum()):,} labels are not finite numbers")
-    return Holdout(table, y)
+    known = set(labels.classes(table, task)) - set(classes)
+    everything = (*classes, *sorted(known))
+    y = labels.encode(table, task, everything)
+    return Holdout(table, y if task == "multiclass" else y.astype(np.float64), everything)
 
 
 def groups(table: pa.Table, name: str) -> tuple[list[str], npt.NDArray[np.int64]]:

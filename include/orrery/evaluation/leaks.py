@@ -15,7 +15,7 @@ from orrery.training.schema import Schema, to_float
 
 
 def best_single_feature(rows: Holdout, schema: Schema, task: Task) -> dict[str, Any] | None:
-    """Return {name, metric, value} of the strongest feature, or None where that is not defined (multiclass, no features).
+    """Return {name, metric, value} of the strongest feature; None where not defined (multiclass, no features).
 
     Binary: the AUC of the raw value, either way round, missing values at either end. A category stands for
     the mean label of its other half of the rows, so an identifier cannot recite the labels. Regression: the

@@ -8,12 +8,12 @@ defined on the rows given (one class only, constant labels, no rows) is NaN, nev
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.float64]
+Array: TypeAlias = npt.NDArray[np.float64]
 Task = Literal["binary", "multiclass", "regression"]
 
 # Exports are float32: its resolution around 1 is the smallest probability of an error that they can express.

@@ -40,10 +40,12 @@ def tunable(
         if low is None or high is None:
             raise ValueError("tunable: give `low` and `high`, or `choices`")
         if not low <= default <= high or low == high:
-            raise ValueError(f"tunable: the default {default!r} must lie in low={low!r} .. high={high!r}, low below high")
+            raise ValueError(
+                f"tunable: the default {default!r} must lie in low={low!r} .. high={high!r}, low below high"
+            )
         if log and low <= 0:
             raise ValueError(f"tunable: `log` needs low above 0, got {low!r}")
-    bounds = {"low": low, "high": high, "log": log, "choices": None if choices is None else list(choices)}
+    bounds: Any = {"low": low, "high": high, "log": log, "choices": None if choices is None else list(choices)}
     return Field(default, json_schema_extra={"tunable": bounds})
 
 

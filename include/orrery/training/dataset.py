@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -59,3 +60,17 @@ def encoded(table: pa.Table, schema: Schema) -> Dataset:
         known = label >= 0
         return Dataset(numeric[known], categorical[known], label[known], schema)
     return Dataset(numeric, categorical, label, schema)
+
+
+def moments(numeric: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return mean and standard deviation per column in float64, NaN left out; a constant column has deviation 1."""
+    width = numeric.shape[1]
+    mean, std = np.zeros(width), np.ones(width)
+    for i in range(width):  # by column: no float64 copy of the whole table
+        values = numeric[:, i][~np.isnan(numeric[:, i])].astype(np.float64)
+        if len(values):
+            mean[i] = values.mean()
+            deviation = values.std()
+            # Below float32's resolution around the mean the deviation is rounding noise.
+            std[i] = deviation if deviation > 1e-6 * max(1.0, abs(mean[i])) else 1.0
+    return mean, std

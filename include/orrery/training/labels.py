@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ from orrery.errors import DataError
 from orrery.training.schema import is_categorical
 
 Task = Literal["binary", "multiclass", "regression"]
-Labels = npt.NDArray[np.float32] | npt.NDArray[np.int64]
+Labels: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.int64]
 
 
 def is_known(column: pa.ChunkedArray) -> pa.ChunkedArray:

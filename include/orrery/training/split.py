@@ -104,7 +104,7 @@ def _refuse_empty(parts: Parts) -> None:
             raise DataError(
                 f"the {name} part has no rows ({counts}; tune from {parts.bounds['tune_start']}, "
                 f"holdout from {parts.bounds['holdout_start']})",
-                hint="take a longer window or other shares under `split` in spec.yaml; label_time decides what is purged",
+                hint="a longer window, or other shares under `split` in spec.yaml; label_time decides what is purged",
             )
 
 

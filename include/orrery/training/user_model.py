@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
 from orrery import bundle
 from orrery.errors import SpecError, nearest
+
+if TYPE_CHECKING:
+    from orrery.training import Dataset
+    from orrery.training.schema import Schema
 
 ARGUMENTS = {"build": ("schema", "params"), "fit": ("train", "valid", "params")}
 
@@ -71,6 +76,33 @@ def values(model: UserModel, overrides: Mapping[str, Any]) -> BaseModel:
         where = ".".join(map(str, first["loc"]))
         hint = "" if where in overrides else "give it a default in model.py, or a value under train.params in spec.yaml"
         raise SpecError(f"train.params.{where}: {first['msg']}, got {first['input']!r}", hint=hint) from None
+
+
+def module(model: UserModel, schema: Schema, params: BaseModel) -> Any:
+    """Return the torch module that `build` makes. Raises `SpecError` when it fails, naming the line."""
+    from torch import nn
+
+    try:
+        made = model.function(schema, params)
+    except Exception as e:
+        line = traceback.extract_tb(e.__traceback__)[-1].lineno
+        raise SpecError(f"model.py: build failed (line {line}): {type(e).__name__}: {e}") from e
+    if not isinstance(made, nn.Module):
+        raise SpecError(f"model.py: build returned {type(made).__name__}, not a torch nn.Module")
+    if not any(p.requires_grad for p in made.parameters()):
+        raise SpecError("model.py: the module has no parameter to train")
+    return made
+
+
+def fitted(model: UserModel, train: Dataset, valid: Dataset, params: BaseModel) -> Any:
+    """Return what `fit` made, written as ONNX (bytes or a ModelProto). Raises `SpecError` when it has no `to_onnx`."""
+    made = model.function(train, valid, params)
+    if not callable(getattr(made, "to_onnx", None)):
+        raise SpecError(
+            f"model.py: fit returned {type(made).__name__}, which has no to_onnx()",
+            hint="its to_onnx() gives bytes or an onnx.ModelProto (see orrery.training.OnnxExportable)",
+        )
+    return made.to_onnx()
 
 
 def inspect_model(folder: Path, project: str) -> dict[str, Any]:

@@ -1,0 +1,89 @@
+"""`orrery check`: is a project sound? Spec, platform, code in its environment, and what changed in its features."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from typing import Any
+
+from pydantic import TypeAdapter
+from rich.console import Console
+from rich.markup import escape
+
+from orrery import platform, spec
+from orrery.errors import OrreryError, SpecError
+from orrery.plan import Planner, Request
+from orrery.runner import LocalProcess, interpreter, run
+from orrery.spec import KnowledgeBaseSpec, ModelSpec, Spec
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of spec.yaml, for editors."""
+    return TypeAdapter(Spec).json_schema()
+
+
+def report(project: str, console: Console) -> bool:
+    """Print what is found about one project; return whether it is sound."""
+    try:
+        folder = platform.project_folder(project)
+        declared = spec.load(folder)
+        if isinstance(declared, KnowledgeBaseSpec):
+            console.print(f"[green]✓[/] {project}: knowledge base, {len(declared.sources)} sources")
+            return True
+        found = inspect(project, declared)
+        train = declared.train
+        console.print(f"[green]✓[/] {project}: {declared.task}, {train.window} {declared.grain}s on {train.compute}")
+        for line in _describe(found):
+            console.print(f"    {escape(line)}")
+        for line in feature_changes(project):
+            console.print(f"    [yellow]{escape(line)}[/]")
+        return True
+    except OrreryError as e:
+        console.print(f"[red]✗[/] {project}")
+        for line in str(e).splitlines():
+            console.print(f"    {escape(line)}")
+        return False
+
+
+def inspect(project: str, declared: ModelSpec) -> dict[str, Any]:
+    """Import features.py and model.py in the `ml` environment; return what they declare. Raises `SpecError`."""
+    platform.load().compute_class(declared.train.compute)
+    folder = platform.project_folder(project)
+    argv = [str(interpreter("ml")), "-m", "orrery.inspection", str(folder), project]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    try:
+        answer = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        raise SpecError(f"{folder}: its code could not be imported\n{done.stderr[-2000:]}") from None
+    if "error" in answer:
+        raise SpecError(answer["error"], hint=answer.get("hint", ""))
+    return dict(answer)
+
+
+def _describe(found: dict[str, Any]) -> list[str]:
+    features, model = found["features"], found["model"]
+    views = (
+        ", ".join(f"{v['name']} (on {'+'.join(v['on'])}, ttl {v['ttl']})" for v in features["views"])
+        or "none: no Feast"
+    )
+    params = ", ".join(f"{name} {p['default']}" for name, p in model["params"].items())
+    return [f"rows {features['rows']}; views {views}", f"model.py: {model['kind']}; {params or 'no parameters'}"]
+
+
+def feature_changes(project: str) -> list[str]:
+    """Return how the feature list differs from the last committed one, on a hundredth of its rows."""
+    planner = Planner(project)
+    keys = planner.store.keys(project, "features")
+    committed = planner.store.latest_manifest(project, "features", keys[-1]) if keys else None
+    if committed is None:
+        return []
+    request = Request(project, "materialize", (keys[-1],), run="check", task="materialize", sample=0.01, actor="check")
+    result = run(planner, request, LocalProcess(on_line=lambda _: None))
+    assert result.output is not None
+    now = planner.store.manifest(result.output)
+    assert now is not None
+    old_schema: dict[str, str] = planner.store.read_json(committed.uri("schema.json"))
+    new_schema: dict[str, str] = planner.store.read_json(now.uri("schema.json"))
+    from orrery.features.diff import diff
+
+    return [f"features since {keys[-1]} was materialized: {line}" for line in diff(old_schema, new_schema)]

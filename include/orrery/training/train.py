@@ -1,0 +1,122 @@
+"""`train`: the window's features -> a candidate: model.onnx, the baseline beside it, and how both came about.
+
+model.py's `build` (torch) is trained here, on 1..N processes; its `fit` (any library) trains itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel
+
+from orrery.contract import Result, TrainParams
+from orrery.errors import DataError
+from orrery.step import Work
+from orrery.training import Dataset, baseline, dataset, settings, signature, user_model
+from orrery.training.labels import classes
+from orrery.training.schema import Schema, infer
+from orrery.training.split import Parts, split
+from orrery.training.user_model import UserModel
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What both ways of training leave, beside the files."""
+
+    params: dict[str, Any]
+    history: list[dict[str, float]]
+    metrics: dict[str, float]
+    facts: dict[str, Any]
+
+
+def run(work: Work, params: TrainParams) -> Result:
+    """Train on the config's window. Raises `SpecError` for model.py, `DataError` for data that cannot be trained on."""
+    model = user_model.load(work.project_folder, work.config.project)
+    chosen = user_model.values(model, params.overrides)
+    parts = split(dataset.read(work), work.spec.split, work.spec.task)
+    schema = infer(parts.fit, work.spec.task, classes(parts.fit, work.spec.task))
+    if not schema.columns:
+        raise DataError(
+            "the features table has no feature", hint="features.py must add a column beside the reserved ones"
+        )
+    fit, tune = dataset.encoded(parts.fit, schema), dataset.encoded(parts.tune, schema)
+    work.log.info("training", model=model.kind, **parts.counts, features=len(schema.columns))
+    work.write("baseline.onnx", baseline.fit(fit))
+    if model.kind == "build":
+        trained = _with_torch(work, params, chosen, fit, tune)
+    else:
+        trained = _with_library(work, model, chosen, fit, tune)
+    signature.predict(work.path("baseline.onnx").read_bytes(), tune, "the baseline")
+    work.write("schema.json", (schema.model_dump_json() + "\n").encode())
+    work.write_json("params.json", trained.params)
+    work.write_json("split.json", parts.bounds)
+    return _result(work, parts, schema, model, trained)
+
+
+def _with_torch(work: Work, params: TrainParams, chosen: BaseModel, fit: Dataset, tune: Dataset) -> Trained:
+    """Fit `build`'s module with torchrun's workers; they write model.onnx and weights.safetensors."""
+    from orrery.training import launch, worker
+
+    numbers = settings.from_params(chosen, params.processes)
+    if fit.rows < params.processes:
+        raise DataError(f"{fit.rows} rows to fit on, for {params.processes} processes", hint="see train.processes")
+    values = chosen.model_dump(mode="json")
+    job = worker.Job(
+        project_folder=work.project_folder, project=work.config.project, schema=fit.schema, params=values,
+        settings=numbers, seed=params.seed, arrays=work.scratch / "arrays",
+        onnx=work.path("model.onnx"), weights=work.path("weights.safetensors"),
+    )  # fmt: skip
+    worker.save(job, "fit", fit)
+    worker.save(job, "tune", tune)
+    report = launch.run(job, params.processes, work.scratch)
+    history, best = report["history"], report["best_epoch"]
+    metrics = {**history[best - 1], "epochs": float(len(history))}
+    facts = {"weights_digest": report["weights_digest"], "best_epoch": best, "head": report["head"]}
+    return Trained({**asdict(numbers), **values}, history, metrics, facts)
+
+
+def _with_library(work: Work, model: UserModel, chosen: BaseModel, fit: Dataset, tune: Dataset) -> Trained:
+    """Let `fit` train, take the ONNX graph that its model writes, and hold it to the signature."""
+    data = signature.graph_bytes(user_model.fitted(model, fit, tune, chosen))
+    losses = {
+        "fit_loss": _loss(signature.predict(data, fit, "model.py's to_onnx()"), fit, fit),
+        "tune_loss": _loss(signature.predict(data, tune, "model.py's to_onnx()"), tune, fit),
+    }
+    work.write("model.onnx", data)
+    facts = {"weights_digest": hashlib.sha256(data).hexdigest()}
+    return Trained(chosen.model_dump(mode="json"), [], losses, facts)
+
+
+def _loss(prediction: npt.NDArray[np.float32], data: Dataset, fit: Dataset) -> float:
+    """Return the mean loss: cross-entropy, or the squared error in units of the fit part's variance."""
+    p, label = prediction.astype(np.float64), data.label
+    if data.schema.task == "regression":
+        return float(((p - label) ** 2).mean() / (np.var(fit.label, dtype=np.float64) or 1.0))
+    if data.schema.task == "multiclass":
+        of_truth = p[np.arange(len(p)), label.astype(np.int64)]
+    else:
+        of_truth = np.where(label > 0, p, 1 - p)
+    return float(-np.log(np.maximum(of_truth, 1e-7)).mean())
+
+
+def _result(work: Work, parts: Parts, schema: Schema, model: UserModel, trained: Trained) -> Result:
+    rows = parts.counts
+    metrics = {**trained.metrics, "rows": float(rows["fit"] + rows["tune"])}
+    facts = {
+        "kind": model.kind,
+        **trained.facts,
+        "rows": rows,
+        "split": parts.bounds,
+        "features": {"numeric": len(schema.numeric), "categorical": len(schema.categorical)},
+    }
+    result = Result(metrics=metrics, facts=facts)
+    from orrery.registry import tracking
+
+    run_id = tracking.log_training(work, trained.params, trained.history, metrics)
+    if run_id is not None:
+        result.links["MLflow run"] = tracking.url(run_id)
+    return result
