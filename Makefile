@@ -43,6 +43,7 @@ lock: ## Resolve every environment's pins anew from pyproject.toml
 	@$(PYTHON) docker/venv.py --lock
 
 bench: test-environments ## Benchmarks against the obvious alternatives; ONLY=name for one
+	@$(PYTHON) docker/venv.py bench
 	@$(VENVS)/dev/bin/python tests/benchmarks/run.py $(if $(ONLY),--only $(ONLY),)
 
 clean: down ## Remove all state (var/); environments stay

@@ -23,8 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 VENVS = Path(os.environ.get("ORRERY_VENVS", ROOT / ".venvs"))
 UV_VERSION = "0.13.9"
 ENVIRONMENTS = ("airflow", "ml", "spark")
-# Data of the demo, as packages: put into a folder of their own, without what they depend on.
-DATA = {"upstream": ROOT / "include" / "demo" / "requirements.txt"}
+# The demo's data and the benchmarks' rivals: each in a folder of its own, without what it depends on.
+DATA = {
+    "upstream": ROOT / "include" / "demo" / "requirements.txt",
+    "bench": ROOT / "tests" / "benchmarks" / "requirements.txt",
+}
 # torch is pinned by hand below: its CPU build carries a local version (2.13.0+cpu) and its CUDA
 # packages follow from it, so neither belongs in a file that both kinds of machine install.
 NOT_LOCKED = ("torch", "triton")
@@ -34,7 +37,7 @@ CUDA = ("nvidia-", "cuda-")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "environments", nargs="*", metavar="ENV", help="airflow, ml, spark, dev, or upstream (the demo's data)"
+        "environments", nargs="*", metavar="ENV", help="airflow, ml, spark, dev, upstream (the demo's data) or bench (the benchmarks' rivals)"
     )
     parser.add_argument("--test", action="store_true", help="add tests/requirements.txt to each environment")
     parser.add_argument("--lock", action="store_true", help="re-resolve every requirements.txt from pyproject.toml")
@@ -76,7 +79,7 @@ def pip_setting(name: str) -> str:
     if from_env:
         return from_env
     got = subprocess.run(
-        [sys.executable, "-m", "pip", "config", "get", f"global.{name}"], capture_output=True, text=True
+        [sys.executable, "-m", "pip", "config", "get", f"global.{name}"], capture_output=True, text=True, check=False
     )
     return got.stdout.strip() if got.returncode == 0 else ""
 
@@ -141,7 +144,7 @@ def make(uv: Path, name: str, *, with_tests: bool) -> None:
 
 
 def fetch_data(uv: Path, name: str) -> None:
-    """Fetch a data package's files into `.venvs/<name>`."""
+    """Fetch packages into the folder `.venvs/<name>`, outside every environment."""
     home, stamp = VENVS / name, VENVS / name / ".digest"
     wanted = digest([DATA[name]])
     if stamp.exists() and stamp.read_text() == wanted:

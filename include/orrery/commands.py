@@ -296,7 +296,8 @@ def status() -> None:
     """Say what runs, where, and how to log in."""
     from orrery import servers
 
-    servers.status()
+    if not servers.status():
+        raise typer.Exit(1)
 
 
 @app.command(hidden=True)

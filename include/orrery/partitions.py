@@ -15,10 +15,10 @@ from orrery.errors import RequestError
 Grain = Literal["hour", "day", "month", "year"]
 FORMATS: dict[str, str] = {"hour": "%Y-%m-%dT%H", "day": "%Y-%m-%d", "month": "%Y-%m", "year": "%Y"}
 PATTERNS: dict[str, str] = {
-    "hour": r"\d{4}-\d{2}-\d{2}T\d{2}",
-    "day": r"\d{4}-\d{2}-\d{2}",
-    "month": r"\d{4}-\d{2}",
-    "year": r"\d{4}",
+    "hour": "[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}",
+    "day": "[0-9]{4}-[0-9]{2}-[0-9]{2}",
+    "month": "[0-9]{4}-[0-9]{2}",
+    "year": "[0-9]{4}",
 }
 EXAMPLES: dict[str, str] = {"hour": "2013-03-14T05", "day": "2013-03-14", "month": "2013-03", "year": "2013"}
 MAX_WINDOW = 20_000
@@ -36,19 +36,20 @@ def parse(key: str, grain: Grain) -> datetime:
 
 def key_of(moment: datetime, grain: Grain) -> str:
     """Return the key of the partition that contains `moment` (UTC)."""
-    return moment.strftime(FORMATS[grain])
+    # isoformat pads the year to four digits, which strftime leaves to the platform.
+    return moment.isoformat()[: len(EXAMPLES[grain])]
 
 
 def shift(key: str, grain: Grain, by: int) -> str:
-    """Return the key `by` partitions later (earlier when negative)."""
+    """Return the key `by` partitions later (earlier when negative). Raises `RequestError` outside the years 1-9999."""
     start = parse(key, grain)
-    if grain == "month":
-        months = start.year * 12 + start.month - 1 + by
-        return f"{months // 12:04d}-{months % 12 + 1:02d}"
-    if grain == "year":
-        return f"{start.year + by:04d}"
-    step = timedelta(hours=by) if grain == "hour" else timedelta(days=by)
-    return key_of(start + step, grain)
+    try:
+        if grain in ("month", "year"):
+            months = start.year * 12 + start.month - 1 + by * (12 if grain == "year" else 1)
+            return key_of(start.replace(year=months // 12, month=months % 12 + 1), grain)
+        return key_of(start + (timedelta(hours=by) if grain == "hour" else timedelta(days=by)), grain)
+    except (ValueError, OverflowError):
+        raise RequestError(f"there is no {grain} {by:+d} from {key}: years go from 1 to 9999") from None
 
 
 def bounds(key: str, grain: Grain) -> tuple[datetime, datetime]:
@@ -58,12 +59,13 @@ def bounds(key: str, grain: Grain) -> tuple[datetime, datetime]:
 
 def window(text: str, grain: Grain) -> tuple[str, ...]:
     """Return the keys of `first..last` (or of a single key), in order."""
-    first, _, last = text.partition("..")
-    begin, end = parse(first, grain), parse(last or first, grain)
+    first, dots, last = text.partition("..")
+    last = last if dots else first
+    begin, end = parse(first, grain), parse(last, grain)
     if begin > end:
         raise RequestError(f"window {text!r} ends before it begins", hint=f"write {last}..{first}")
     keys = [first]
-    while keys[-1] != (last or first):
+    while keys[-1] != last:
         keys.append(shift(keys[-1], grain, 1))
         if len(keys) > MAX_WINDOW:
             raise RequestError(f"window {text!r} has more than {MAX_WINDOW:,} partitions")

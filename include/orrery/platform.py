@@ -23,6 +23,14 @@ Profile = Literal["local", "kubernetes"]
 ADDRESSES = {"store": "ORRERY_STORE", "ledger": "ORRERY_LEDGER", "mlflow": "ORRERY_MLFLOW", "data": "ORRERY_DATA"}
 
 
+def pinned(image: str) -> str:
+    """Return an image's name. Raises `ValueError` when it has neither tag nor digest, or is `:latest`."""
+    name = image.rsplit("/", 1)[-1]
+    if not re.fullmatch(r"[^\s:@]+[:@][^\s]+", name) or name.endswith(":latest"):
+        raise ValueError("an image needs a tag or a digest, and not :latest")
+    return image
+
+
 class Compute(Frozen):
     """One compute class: what a step's pod asks for, and what it costs."""
 
@@ -38,6 +46,11 @@ class Compute(Frozen):
     pool: Name | Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,62}$")] = "orrery-light"
     timeout: Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]*(s|m|h)$")] = "2h"
 
+    @field_validator("image")
+    @classmethod
+    def _image_pinned(cls, value: str | None) -> str | None:
+        return value if value is None else pinned(value)
+
 
 class Environment(Frozen):
     """One set of dependencies: a virtual environment on a laptop, an image on a cluster."""
@@ -47,10 +60,7 @@ class Environment(Frozen):
     @field_validator("image")
     @classmethod
     def _pinned(cls, value: str) -> str:
-        name = value.rsplit("/", 1)[-1]
-        if not re.fullmatch(r"[^\s:@]+[:@][^\s]+", name) or name.endswith(":latest"):
-            raise ValueError("an image needs a tag or a digest, and not :latest")
-        return value
+        return pinned(value)
 
 
 class Kubernetes(Frozen):
@@ -165,8 +175,8 @@ def load(file: Path | None = None) -> Platform:
     )
     try:
         return _load(key, file.stat().st_mtime_ns)
-    except FileNotFoundError:
-        raise SpecError(f"{file}: there is no such file", hint="set ORRERY_PLATFORM") from None
+    except OSError as e:
+        raise SpecError(f"{file}: {e.strerror}", hint="set ORRERY_PLATFORM") from None
 
 
 @lru_cache(maxsize=8)

@@ -56,7 +56,7 @@ def _model(project: str, data: dict[str, str], task: str, owner: str) -> dict[Pa
     folder = platform.projects_folder() / project
     sources = data or {"records": ""}
     first = next(iter(sources))
-    drafted = _draft(data) if data else {"checks": {"min_rows": 1}, "columns": {}}
+    drafted: dict[str, Any] = _draft(data) if data else {"checks": {"min_rows": 1}, "columns": {}}
     guess = _guess(drafted["checks"], drafted["columns"].get(first, {}))
     values = {"project": project, "owner": owner, "source": first, **guess}
     return {
@@ -85,7 +85,7 @@ def _spec(sources: dict[str, str], task: str, owner: str, label: str, checks: di
         "retrain": {"on": ["quarterly"]},
     }
     head = "# The fields and what they mean: `orrery check --schema`. Bounds were drafted from data: read them.\n"
-    return head + yaml.safe_dump(document, sort_keys=False, width=110, default_flow_style=None)
+    return head + str(yaml.safe_dump(document, sort_keys=False, width=110, default_flow_style=None))
 
 
 def _guess(checks: dict[str, Any], columns: dict[str, str]) -> dict[str, str]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from orrery import yamlfile
 from orrery.errors import SpecError, nearest
@@ -32,7 +32,18 @@ def seconds(duration: str) -> int:
 class Frozen(BaseModel):
     """Base of everything a person writes: immutable, and no key that we do not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+
+F = TypeVar("F", bound=Frozen)
+
+
+def _part(model: type[F], value: Any, *at: str) -> F:
+    """Check a part of the file whose model depends on its place; an error keeps that place."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as e:
+        raise yamlfile.Inside(at, e, model) from None
 
 
 class Label(Frozen):
@@ -91,7 +102,7 @@ class ColumnCheck(Frozen):
     matches: str | None = Field(None, description="A regular expression that the whole value must match.")
     mostly: float = Field(0.99, ge=0, le=1, description="The check fails when a smaller share of rows keeps it.")
     severity: Literal["error", "warning"] = Field("error", description="error: the step ends 64; warning: a note.")
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True)
 
     @field_validator("between")
     @classmethod
@@ -140,7 +151,10 @@ class Checks(Frozen):
         if not isinstance(data, dict):
             return data
         own = set(cls.model_fields)
-        out: dict[str, Any] = {"columns": dict(data.get("columns") or {})}
+        columns = data.get("columns") or {}
+        if not isinstance(columns, dict):
+            raise ValueError(f"`columns` is a mapping of columns to their checks, not {columns!r}")
+        out: dict[str, Any] = {"columns": dict(columns)}
         for key, value in data.items():
             if key == "unique" and isinstance(value, str):
                 out["unique"] = (value,)
@@ -151,7 +165,8 @@ class Checks(Frozen):
             elif isinstance(value, dict) or value is None:
                 out["columns"][key] = value or {}
             else:
-                raise ValueError(f"unknown check {key!r}; {nearest(str(key), own)}; or a column with its checks")
+                options = nearest(str(key), own)
+                raise yamlfile.Inside((key,), f"unknown check {key!r}; {options}; or a column with its checks")
         return out
 
 
@@ -239,12 +254,10 @@ class ModelSpec(Frozen):
     @classmethod
     def _gate(cls, value: dict[str, Any]) -> dict[str, Any]:
         for metric, bound in value.items():
-            if metric == "disparity":
-                Disparity.model_validate(bound)
-            elif metric not in METRICS:
-                raise ValueError(f"unknown metric {metric!r}; {nearest(metric, [*METRICS, 'disparity'])}")
-            else:
-                Bound.model_validate(bound)
+            if metric != "disparity" and metric not in METRICS:
+                options = nearest(str(metric), [*METRICS, "disparity"])
+                raise yamlfile.Inside((metric,), f"unknown metric {metric!r}; {options}")
+            _part(Disparity if metric == "disparity" else Bound, bound, metric)
         return value
 
     @model_validator(mode="after")
@@ -268,8 +281,9 @@ class ModelSpec(Frozen):
         if source == self.rows_source:
             flat = {k: v for k, v in self.checks.items() if k not in self.sources}
             nested = self.checks.get(source) or {}
-            return Checks.model_validate({**flat, **nested})
-        return Checks.model_validate(self.checks.get(source) or {})
+            if isinstance(nested, dict):
+                return _part(Checks, {**flat, **nested}, "checks", *([source] if nested else []))
+        return _part(Checks, self.checks.get(source) or {}, "checks", source)
 
     @property
     def bounds(self) -> dict[str, Bound]:
@@ -332,7 +346,7 @@ def load(folder: Path) -> Spec:
     file = folder / "spec.yaml"
     data, lines = yamlfile.read(file)
     kind = data.get("kind")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         shown = "is missing" if kind is None else f"is {kind!r}"
         raise SpecError(f"{file}:{lines.get(('kind',), 1)}: kind {shown}", hint=nearest(str(kind), KINDS))
     return yamlfile.validate(KINDS[kind], data, lines, file)

@@ -14,19 +14,40 @@ from orrery.errors import SpecError, nearest
 Lines = dict[tuple[str | int, ...], int]
 M = TypeVar("M", bound=BaseModel)
 MAX_BYTES = 1 << 20
+MAX_DEPTH = 50  # libyaml's composer in C overruns the stack, and the process dies, some thousand levels down
+MAX_FIELDS = 100_000  # a few hundred bytes of anchors can stand for billions of fields
 # The loader in C is ten times as fast; a build of PyYAML without libyaml has only the other.
 _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class Loader(_Base):  # type: ignore[misc]
-    """YAML 1.2's idea of scalars: `on`, `yes` and `2013-01-01` are text, only true and false are booleans."""
+    """YAML 1.2's idea of scalars: `on`, `yes`, `2013-01-01` and `12:30` are text, `1e-3` is a number.
+
+    Stricter in two things: `007` stays text (a code, not a number), and there is no infinity or NaN.
+    """
+
+
+class Inside(ValueError):
+    """What is wrong below the field that is being checked, at `at`: a message, or the error of another model."""
+
+    def __init__(
+        self, at: tuple[str | int, ...], error: str | ValidationError, model: type[BaseModel] = BaseModel
+    ) -> None:
+        super().__init__(str(error))
+        self.at, self.error, self.model = at, error, model
 
 
 Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":timestamp"))]
+    first: [(tag, p) for tag, p in resolvers if tag.rpartition(":")[2] not in ("bool", "timestamp", "int", "float")]
     for first, resolvers in _Base.yaml_implicit_resolvers.items()
 }
-Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
+_SCALARS = (
+    ("bool", r"^(?:true|True|false|False)$", "tTfF"),
+    ("int", r"^(?:[-+]?(?:0|[1-9][0-9]*))$", "-+0123456789"),
+    ("float", r"^[-+]?(?:0|[1-9][0-9]*|(?=\.[0-9]))(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?$", "-+0123456789."),
+)
+for _tag, _pattern, _first in _SCALARS:
+    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
 
 
 def read(file: Path) -> tuple[dict[str, Any], Lines]:
@@ -41,8 +62,12 @@ def read(file: Path) -> tuple[dict[str, Any], Lines]:
         raise SpecError(f"{file}: {len(raw):,} bytes; at most {MAX_BYTES:,} are allowed")
     try:
         text = raw.decode()
+        _measure(text, file)
         loader = Loader(text)
         node = loader.get_single_node()
+        lines: Lines = {}
+        if node is not None:  # before it is constructed, which merges `<<` into the nodes
+            _walk(node, (), lines, file, set())
         data = loader.construct_document(node) if node is not None else None
     except UnicodeDecodeError:
         raise SpecError(f"{file}: not UTF-8 text") from None
@@ -50,13 +75,17 @@ def read(file: Path) -> tuple[dict[str, Any], Lines]:
         mark = getattr(e, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
         raise SpecError(f"{file}{where}: not YAML: {getattr(e, 'problem', None) or e}") from None
-    except RecursionError:
-        raise SpecError(f"{file}: nested too deeply") from None
     if not isinstance(data, dict):
         raise SpecError(f"{file}:1: expected `key: value` lines, found {type(data).__name__}")
-    lines: Lines = {}
-    _walk(node, (), lines, file, set())
     return data, lines
+
+
+def _measure(text: str, file: Path) -> None:
+    depth = 0
+    for event in yaml.parse(text, Loader=_Base):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise SpecError(f"{file}:{event.start_mark.line + 1}: nested too deeply (more than {MAX_DEPTH} levels)")
 
 
 def _walk(node: Any, path: tuple[str | int, ...], lines: Lines, file: Path, open_nodes: set[int]) -> None:
@@ -64,6 +93,8 @@ def _walk(node: Any, path: tuple[str | int, ...], lines: Lines, file: Path, open
     if id(node) in open_nodes:
         raise SpecError(f"{file}:{node.start_mark.line + 1}: a YAML anchor contains itself")
     lines.setdefault(path, node.start_mark.line + 1)
+    if len(lines) > MAX_FIELDS:
+        raise SpecError(f"{file}: more than {MAX_FIELDS:,} fields (YAML anchors that multiply?)")
     open_nodes.add(id(node))
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
@@ -85,13 +116,57 @@ def validate(model: type[M], data: dict[str, Any], lines: Lines, file: Path) -> 
     try:
         return model.model_validate(data)
     except ValidationError as e:
-        problems = [_problem(model, data, lines, file, dict(error)) for error in e.errors()]
-        raise SpecError("\n".join(problems)) from None
+        raise SpecError("\n".join(_problems(model, data, lines, file, e))) from None
 
 
-def _problem(model: type[BaseModel], data: Any, lines: Lines, file: Path, error: dict[str, Any]) -> str:
+def _problems(
+    model: type[BaseModel], data: Any, lines: Lines, file: Path, error: ValidationError, at: tuple[str | int, ...] = ()
+) -> list[str]:
+    """Return one line per problem; `at` is where `model`'s part lies in the file."""
+    found: list[str] = []
+    for one in error.errors():
+        nested = one.get("ctx", {}).get("error")
+        if not isinstance(nested, Inside):
+            found.append(_problem(model, data, lines, file, dict(one), at))
+            continue
+        inner = (*at, *one["loc"], *nested.at)
+        if isinstance(nested.error, ValidationError):
+            found += _problems(nested.model, data, lines, file, nested.error, inner)
+        else:
+            found.append(_problem(model, data, lines, file, {**one, "loc": (), "msg": nested.error}, inner))
+    return found
+
+
+def _problem(
+    model: type[BaseModel], data: Any, lines: Lines, file: Path, error: dict[str, Any], at: tuple[str | int, ...]
+) -> str:
     loc = tuple(error["loc"])
-    # Pydantic puts names of union members and validators into loc: keep what the file really has.
+    real = _real(data, (*at, *loc))
+    where = real
+    while where and where not in lines:
+        where = where[:-1]
+    prefix = f"{file}:{lines.get(where, 1)}"
+    if error["type"] == "missing":
+        return f"{prefix}: {'.'.join(map(str, (*real, loc[-1])))}: is missing and must be given"
+    prefix += f": {'.'.join(map(str, real)) or 'the file'}"
+    if error["type"] == "extra_forbidden":
+        return f"{prefix}: no such field; {nearest(str(loc[-1]), _fields_at(model, loc[:-1]))}"
+    value = error.get("input")
+    if error["type"] == "literal_error":
+        allowed = re.findall(r"'([^']*)'", str(error["ctx"]["expected"]))
+        return f"{prefix}: {_shown(value)} is not allowed; {nearest(str(value), allowed)}"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    shown = "" if isinstance(value, (dict, list)) or error["type"] == "value_error" else f" (found {_shown(value)})"
+    return f"{prefix}: {message}{shown}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def _real(data: Any, loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """Return the parts of `loc` that the file has: pydantic puts names of union members and validators in between."""
     real: list[str | int] = []
     here: Any = data
     for part in loc:
@@ -100,20 +175,7 @@ def _problem(model: type[BaseModel], data: Any, lines: Lines, file: Path, error:
         ):
             real.append(part)
             here = here[part]
-    at = tuple(real)
-    while at and at not in lines:
-        at = at[:-1]
-    line = lines.get(at, 1)
-    field = ".".join(str(p) for p in loc) or "the file"
-    message = str(error["msg"]).removeprefix("Value error, ")
-    if error["type"] == "extra_forbidden":
-        fields = _fields_at(model, loc[:-1])
-        return f"{file}:{line}: {field}: no such field; {nearest(str(loc[-1]), fields)}"
-    if error["type"] == "missing":
-        return f"{file}:{line}: {field}: is missing and must be given"
-    value = error.get("input")
-    shown = "" if isinstance(value, (dict, list)) or error["type"] == "value_error" else f" (found {value!r})"
-    return f"{file}:{line}: {field}: {message}{shown}"
+    return tuple(real)
 
 
 def _fields_at(model: Any, loc: tuple[str | int, ...]) -> list[str]:

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pyarrow as pa
 from onnx import TensorProto, helper, numpy_helper
+
 from orrery import bundle
 from orrery.contract import Result, StepConfig
 from orrery.data.tables import write_parquet
@@ -63,14 +64,17 @@ def linear(weights: Mapping[str, float], *, categories: Sequence[str] = (), bias
     schema = Schema(
         task=task,
         numeric_columns=tuple(weights),
-        vocabularies={name: ("u", "v", "w") for name in categories},
+        vocabularies=dict.fromkeys(categories, ("u", "v", "w")),
         classes=tuple(classes),
     )
     w = np.array(list(weights.values()), np.float32)[:, None]
     out = [1]
     if task == "multiclass":
         w, out = w * np.arange(len(classes), dtype=np.float32)[None, :], [len(classes)]
-    nodes = [helper.make_node("MatMul", ["numeric", "w"], ["product"]), helper.make_node("Add", ["product", "b"], ["z"])]
+    nodes = [
+        helper.make_node("MatMul", ["numeric", "w"], ["product"]),
+        helper.make_node("Add", ["product", "b"], ["z"]),
+    ]
     if task == "multiclass":
         nodes.append(helper.make_node("Softmax", ["z"], ["prediction"], axis=1))
         shape: list[Any] = ["N", len(classes)]
@@ -139,8 +143,8 @@ class House:
         """Commit a training's output; the baseline is a guess from noise unless given."""
         graph, schema = model
         if baseline is None:
-            baseline = linear(dict.fromkeys(schema.numeric, 0.0), categories=list(schema.vocabularies), task=schema.task,
-                              classes=schema.classes)  # fmt: skip
+            nothing = dict.fromkeys(schema.numeric, 0.0)
+            baseline = linear(nothing, categories=list(schema.vocabularies), task=schema.task, classes=schema.classes)
         split = {"tune_start": START.isoformat(), "holdout_start": HOLDOUT.isoformat()}
         files = {
             "model.onnx": graph,
@@ -177,8 +181,16 @@ class House:
         scratch.mkdir()
         return Work(config, self.store, scratch)
 
-    def evaluate(self, candidate: Manifest, features: Sequence[Manifest], champion: Manifest | None = None, *,
-                 address: str = "e1", draws: int = 200, **options: Any) -> tuple[Result, Manifest, dict[str, Any]]:  # fmt: skip
+    def evaluate(
+        self,
+        candidate: Manifest,
+        features: Sequence[Manifest],
+        champion: Manifest | None = None,
+        *,
+        address: str = "e1",
+        draws: int = 200,
+        **options: Any,
+    ) -> tuple[Result, Manifest, dict[str, Any]]:
         """Evaluate; return result, manifest and report."""
         inputs = {"features": features, "candidate": [candidate], **({"champion": [champion]} if champion else {})}
         result = self.run("evaluate", inputs, {"draws": draws}, address, **options)

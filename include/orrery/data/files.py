@@ -11,8 +11,8 @@ from typing import IO, Any
 
 import fsspec
 import pyarrow as pa
-import pyarrow.csv as csv
 import pyarrow.parquet as pq
+from pyarrow import csv
 
 from orrery.data.tables import ROW_GROUP
 from orrery.errors import DataError, RequestError, UserError
@@ -123,7 +123,7 @@ def _missing(fs: Any, path: str, uri: str) -> RequestError:
 
 
 @contextlib.contextmanager
-def _parquet(fs: Any, path: str, uri: str) -> Iterator[Stream]:  # noqa: ARG001 (the readers share a signature)
+def _parquet(fs: Any, path: str, uri: str) -> Iterator[Stream]:
     with fs.open(path, "rb") as file:
         parquet = pq.ParquetFile(file)
         yield Stream(parquet.schema_arrow, parquet.iter_batches(batch_size=ROW_GROUP))

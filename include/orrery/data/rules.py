@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ from orrery.data.families import families
 from orrery.spec import Checks, ColumnCheck
 
 Severity = Literal["error", "warning"]
-Mask = npt.NDArray[np.bool_]
+Mask: TypeAlias = npt.NDArray[np.bool_]
 EXAMPLES = 5
 # The column that Great Expectations sees in place of a key of several columns.
 JOINED_KEY = "_orrery_key"
@@ -85,7 +85,7 @@ def rules_of(checks: Checks, schema: pa.Schema) -> list[Rule]:
     """Return the rules of one source, in the spec's order; raw Great Expectations are not among them."""
     rules = [_volume(checks)] if checks.min_rows is not None or checks.max_rows is not None else []
     wanted = {column: _worst([check.severity]) for column, check in checks.columns.items()}
-    wanted |= {column: "error" for column in (*checks.unique, *checks.min_class_share)}
+    wanted |= dict.fromkeys((*checks.unique, *checks.min_class_share), "error")
     rules += [_exists(column, severity) for column, severity in wanted.items() if column not in schema.names]
     if checks.unique and set(checks.unique) <= set(schema.names):
         rules += list(_unique(checks))
@@ -155,7 +155,9 @@ def _volume(checks: Checks) -> Rule:
         n = table.num_rows
         return (low is None or n >= low) and (high is None or n <= high), f"{n:,} rows"
 
-    return Rule(None, "rows", _range(low, high), "error", "expect_table_row_count_to_be_between", kwargs, measure=measure)
+    return Rule(
+        None, "rows", _range(low, high), "error", "expect_table_row_count_to_be_between", kwargs, measure=measure
+    )
 
 
 def _exists(column: str, severity: Severity) -> Rule:
@@ -166,7 +168,7 @@ def _exists(column: str, severity: Severity) -> Rule:
 
 
 def _type(column: str, wanted: tuple[str, ...], check: str, severity: Severity) -> Rule:
-    """A rule that a column's type is of one of the families `wanted`; a column with no value at all is of every family."""
+    """A rule that a column's type is of one of the families `wanted`; without any value it is of all."""
 
     def measure(table: pa.Table) -> tuple[bool, str]:
         kind = table.schema.field(column).type
@@ -315,7 +317,9 @@ def _between(column: str, bounds: tuple[float | None, float | None], check: Colu
 
 def numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Return decimals (and a column without any value) as float64, and everything else as it is."""
-    return pc.cast(column, pa.float64()) if pa.types.is_decimal(column.type) or pa.types.is_null(column.type) else column
+    return (
+        pc.cast(column, pa.float64()) if pa.types.is_decimal(column.type) or pa.types.is_null(column.type) else column
+    )
 
 
 def _in(column: str, values: tuple[Any, ...], check: ColumnCheck) -> Rule:
@@ -361,8 +365,8 @@ def anchored(pattern: str) -> str:
 def _by_value(column: pa.ChunkedArray, good: Callable[[Any], bool]) -> Mask:
     """Mark the rows whose value is there and not good; asks once for each different value."""
     encoded = column.combine_chunks().dictionary_encode()
-    wrong = np.array([v is not None and v == v and not good(v) for v in encoded.dictionary.to_pylist()], dtype=np.bool_)
-    bad = np.zeros(len(column), dtype=np.bool_)
+    wrong = np.array([not good(v) for v in encoded.dictionary.to_pylist()], dtype=np.bool_)
+    bad: Mask = np.zeros(len(column), dtype=np.bool_)
     there = ~missing(column)
     bad[there] = wrong[pc.fill_null(encoded.indices, 0).to_numpy(zero_copy_only=False)[there]] if len(wrong) else False
     return bad
@@ -375,8 +379,8 @@ def _range(low: float | None, high: float | None) -> str:
 # Family -> what Great Expectations calls its types in pandas (2.3), as `gx.frame` makes them.
 PANDAS_TYPES: dict[str, tuple[str, ...]] = {
     "string": ("str",),
-    "integer": ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "Int64Dtype"),
-    "boolean": ("bool", "BooleanDtype"),
+    "integer": ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "int"),
+    "boolean": ("bool",),
     "timestamp": ("datetime64[s]", "datetime64[ms]", "datetime64[us]", "datetime64[ns]"),
 }
 PANDAS_TYPES["number"] = (*PANDAS_TYPES["integer"], "float16", "float32", "float64")

@@ -72,7 +72,7 @@ def _groups(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa
     pending: list[pa.RecordBatch] = []
     held = 0
     for batch in batches:
-        rest = _cast(batch, schema)
+        rest = cast(batch, schema)
         while rest.num_rows:
             part = rest.slice(0, ROW_GROUP - held)
             rest = rest.slice(part.num_rows)
@@ -85,7 +85,8 @@ def _groups(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa
         yield pa.Table.from_batches(pending, schema).combine_chunks()
 
 
-def _cast(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+def cast(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """Return a batch with the types of a `normal_schema`."""
     # Only nanoseconds lose anything (below the microsecond); all other casts are exact or fail.
     columns = [
         column if column.type == field.type else pc.cast(column, field.type, safe=not _nanoseconds(column.type))

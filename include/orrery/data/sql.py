@@ -50,7 +50,7 @@ def read(secret_env: str, table: str, time_column: str, bounds: tuple[datetime, 
         try:
             with engine.connect().execution_options(stream_results=True, yield_per=ROW_GROUP) as connection:
                 found = _reflect(connection, table)
-                query = _query(found, time_column, bounds)
+                query = _query(found, time_column, bounds, engine.dialect.name)
                 schema = pa.schema([pa.field(c.name, _arrow_type(c, table)) for c in found.columns])
                 yield Stream(schema, _batches(connection.execute(query), schema, table))
         finally:
@@ -79,6 +79,8 @@ def _hidden(url: sa.URL, table: str) -> Iterator[None]:
         yield
     except OrreryError:
         raise
+    except (ValueError, TypeError) as e:  # a value that the driver cannot read as its column's declared type
+        raise DataError(f"{where}: {_scrub(str(e), url)}", hint="correct the value, or leave it out by a view") from None
     except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as e:
         said = _scrub(str(getattr(e, "orig", None) or e), url)
         if REFUSED.search(said):
@@ -106,12 +108,19 @@ def _reflect(connection: sa.Connection, table: str) -> sa.Table:
         raise DataError(f"there is no table {table}", hint=nearest(name, there)) from None
 
 
-def _query(table: sa.Table, time_column: str, bounds: tuple[datetime, datetime]) -> sa.Select[Any]:
+def _query(table: sa.Table, time_column: str, bounds: tuple[datetime, datetime], dialect: str) -> sa.Select[Any]:
     """Select the partition's rows in an order that is the same each time, so that the snapshot's bytes are, too."""
     if time_column not in table.c:
         raise DataError(f"{table.fullname} has no column {time_column}", hint=nearest(time_column, table.c.keys()))
     when = table.c[time_column]
-    if isinstance(when.type, sa.DateTime):
+    moment: sa.ColumnElement[Any] = when
+    start: object
+    end: object
+    if isinstance(when.type, sa.DateTime) and dialect == "sqlite":
+        # Kept as text, with or without fractions and T: compared as such, midnight itself would be left out.
+        moment = sa.func.strftime("%Y-%m-%d %H:%M:%f", when)
+        start, end = (b.strftime("%Y-%m-%d %H:%M:%S.000") for b in bounds)
+    elif isinstance(when.type, sa.DateTime):
         start, end = (b if when.type.timezone else b.replace(tzinfo=None) for b in bounds)
     elif isinstance(when.type, sa.Date) and all(b.hour == 0 for b in bounds):
         start, end = (b.date() for b in bounds)
@@ -121,7 +130,7 @@ def _query(table: sa.Table, time_column: str, bounds: tuple[datetime, datetime])
             hint="`time_column` must be a timestamp (or a date, for partitions of a day and longer)",
         )
     keys = list(table.primary_key.columns) or [c for c in table.c if _orders(c)]
-    return sa.select(table).where(when >= start, when < end).order_by(when, *keys)
+    return sa.select(table).where(moment >= start, moment < end).order_by(when, *keys)
 
 
 def _orders(column: sa.Column[Any]) -> bool:
@@ -145,8 +154,8 @@ def _arrow_type(column: sa.Column[Any], table: str) -> pa.DataType:
         if isinstance(kind, known):
             return arrow
     if isinstance(kind, sa.Numeric):  # also Float
-        exact = kind.asdecimal and kind.precision is not None
-        return pa.decimal128(kind.precision, kind.scale or 0) if exact and kind.precision <= 38 else pa.float64()
+        digits = kind.precision if kind.asdecimal else None
+        return pa.decimal128(digits, kind.scale or 0) if digits and digits <= 38 else pa.float64()
     raise DataError(
         f"{table}.{column.name} has type {kind!r}, which has no counterpart in Arrow",
         hint="leave the column out by a view, or cast it there",

@@ -135,25 +135,33 @@ def _slices(title: str, report: dict[str, Any]) -> bytes:
         defined = [e for e in entries if e[primary] is not None]
         panels[name] = sorted(defined, key=lambda e: -e["rows"])[:MAX_BARS]
     panels = {n: sorted(e, key=lambda e: -e[primary]) for n, e in panels.items() if e}
-    overall = report["metrics"]["candidate"][primary]
     heights = [0.9 + 0.24 * len(e) for e in panels.values()] or [1.0]
     figure = Figure(figsize=(7, sum(heights) + 0.6), layout="constrained")
+    grid = figure.add_gridspec(max(1, len(panels)), 1, height_ratios=heights)
     for place, (name, entries) in enumerate(panels.items()):
-        axes = figure.add_subplot(figure.add_gridspec(len(panels), 1, height_ratios=heights)[place])
-        values = [e[primary] for e in entries]
-        axes.scatter(values, range(len(entries)), color=STYLES["candidate"]["color"], s=28, zorder=3)
-        axes.hlines(range(len(entries)), overall, values, color="#9CC4E4", linewidth=2)
-        axes.axvline(overall, color="#555555", linewidth=1, label=f"all rows, {overall:.3f}")
-        axes.set_yticks(range(len(entries)), [f"{e['value']}  ({e['rows']:,})" for e in entries], fontsize=8)
-        axes.invert_yaxis()
-        axes.grid(axis="x", alpha=0.25)
+        axes = figure.add_subplot(grid[place])
+        _dots(axes, entries, primary, report["metrics"])
         axes.set_title(f"by {name} (rows)", fontsize=9, loc="left")
-        axes.set_xlabel(f"{primary} of the candidate", fontsize=8)
-        axes.tick_params(axis="x", labelsize=8)
     if figure.axes:
-        figure.axes[0].legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.1)
+        handles, texts = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, texts, frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     figure.suptitle(title, fontsize=10)
     return _png(figure)
+
+
+def _dots(axes: Axes, entries: list[dict[str, Any]], primary: str, models: dict[str, dict[str, Any]]) -> None:
+    overall = models["candidate"][primary]
+    values = [e[primary] for e in entries]
+    axes.hlines(range(len(entries)), overall, values, color="#9CC4E4", linewidth=2)
+    axes.scatter(values, range(len(entries)), color=STYLES["candidate"]["color"], s=28, zorder=3)
+    for name, style in STYLES.items():
+        if name in models and models[name][primary] is not None:
+            axes.axvline(models[name][primary], label=f"{name}, all rows, {models[name][primary]:.3f}", **style)
+    axes.set_yticks(range(len(entries)), [f"{e['value']}  ({e['rows']:,})" for e in entries], fontsize=8)
+    axes.set_ylim(len(entries) - 0.4, -0.6)
+    axes.set_xlabel(f"{primary} of the candidate", fontsize=8)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.grid(axis="x", alpha=0.25)
 
 
 def _png(figure: Figure) -> bytes:

@@ -41,7 +41,7 @@ SINGLE_SHARE = 0.9
 # Measured on a machine at a moment, not computed from the rows.
 MEASURED = frozenset({"p50_ms", "p99_ms"})
 # A difference and the two metrics that it was made of are computed apart, in float64.
-CONTRADICTION = 1e-6
+CONTRADICTION = 1e-9
 
 
 @dataclass(frozen=True)
@@ -216,10 +216,11 @@ def _better(rules: Rules, name: str, words: str, versus: Versus | None) -> Check
     if versus is None or any(v is None for v in known):
         return Check(name, None, 0.0, False, f"not compared with {words}: {primary} or its interval is missing")
     candidate, other, delta, low, high = (float(v) for v in known if v is not None)
-    if not low <= high or abs(delta - (candidate - other) * (1 if METRICS[primary] else -1)) > CONTRADICTION:
+    gain = (candidate - other) * (1 if METRICS[primary] else -1)
+    if not low <= high or abs(delta - gain) > CONTRADICTION:
         why = f"{primary} {candidate:g} and {other:g} of {words}, difference {delta:+g} from {low:+g} to {high:+g}"
         return Check(name, low, 0.0, False, f"the numbers contradict each other: {why}")
-    passed = low > 0
+    passed = low > 0 and gain > 0
     interval = f"{primary} better by {delta:+.4f}, 95 % interval {low:+.4f} … {high:+.4f}"
     return Check(name, low, 0.0, passed, f"{'' if passed else 'not '}better than {words}: {interval}")
 

@@ -1,13 +1,13 @@
 """Features: what a project's features.py is written with. Light: no Feast, no pandas, no Arrow at import.
 
-    @rows                                   one partition's clean rows -> the rows that are predicted on
-    def flights(raw): ...                   key, prediction_time, label, label_time, join columns, features
+@rows                                   one partition's clean rows -> the rows that are predicted on
+def flights(raw): ...                   key, prediction_time, label, label_time, join columns, features
 
-    @view(on=["origin"], ttl="2h")          previous + this partition's rows -> what became known, and when
-    def weather(raw): ...                   the `on` columns, event_time, available_time, values
+@view(on=["origin"], ttl="2h")          previous + this partition's rows -> what became known, and when
+def weather(raw): ...                   the `on` columns, event_time, available_time, values
 
-    @derive                                 after the join; row by row, the same code online
-    def calendar(rows): ...
+@derive                                 after the join; row by row, the same code online
+def calendar(rows): ...
 """
 
 from __future__ import annotations

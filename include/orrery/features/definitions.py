@@ -66,22 +66,14 @@ def load(folder: Path, project: str, spec: ModelSpec | None = None) -> Definitio
 def collect(module: ModuleType, spec: ModelSpec) -> Definitions:
     """Collect the decorated functions of a features module. Raises `SpecError` with file, line and what is allowed."""
     file = str(module.__file__)
-    marked = [(name, f, getattr(f, MARK)) for name, f in vars(module).items() if isinstance(getattr(f, MARK, None), Mark)]
+    marked = [
+        (name, f, getattr(f, MARK)) for name, f in vars(module).items() if isinstance(getattr(f, MARK, None), Mark)
+    ]
     for name, function, mark in marked:
         _check_function(file, name, function, mark)
     views = tuple(_view(name, f, mark, spec) for name, f, mark in marked if mark.role == "view")
     derives = tuple(Derive(name, f) for name, f, mark in marked if mark.role == "derive")
     return Definitions(_rows(file, [f for _, f, mark in marked if mark.role == "rows"], spec), views, derives)
-
-
-def inspect_features(project_folder: Path, project: str) -> dict[str, Any]:
-    """Return what features.py declares, as small JSON and without data: rows, views and derives."""
-    found = load(project_folder, project)
-    return {
-        "rows": found.rows.source,
-        "views": {v.name: {"on": list(v.on), "ttl": v.ttl, "source": v.source} for v in found.views},
-        "derives": [d.name for d in found.derives],
-    }
 
 
 def where(function: Any) -> str:
@@ -106,7 +98,9 @@ def _check_function(file: str, name: str, function: Any, mark: Mark) -> None:
 
 def _rows(file: str, functions: list[Any], spec: ModelSpec) -> Rows:
     if not functions:
-        raise SpecError(f"{file}: no function is marked with @rows", hint=f"@rows\n    def {spec.rows_source}(raw): ...")
+        raise SpecError(
+            f"{file}: no function is marked with @rows", hint=f"@rows\n    def {spec.rows_source}(raw): ..."
+        )
     if len(functions) > 1:
         all_of_them = " and ".join(f"{f.__name__} ({where(f)})" for f in functions)
         raise SpecError(f"{file}: one function makes the rows, {len(functions)} are marked with @rows: {all_of_them}")
@@ -115,7 +109,7 @@ def _rows(file: str, functions: list[Any], spec: ModelSpec) -> Rows:
         raise SpecError(f"{where(functions[0])}: @rows {name}: no such source", hint=nearest(name, spec.sources))
     if name != spec.rows_source:
         raise SpecError(
-            f"{where(functions[0])}: @rows {name}: the rows come from the first source of spec.yaml, {spec.rows_source}",
+            f"{where(functions[0])}: @rows {name}: rows come from the first source of spec.yaml, {spec.rows_source}",
             hint=f"rename the function to {spec.rows_source}, or put {name} first",
         )
     return Rows(name, functions[0])

@@ -9,7 +9,6 @@ import pyarrow as pa
 from orrery.features.definitions import View
 from orrery.features.shapes import AVAILABLE_TIME, EVENT_TIME
 
-Ints = npt.NDArray[np.int64]
 # Rows of one entity that share a slot of time, on average. More of them make the join slower, fewer make
 # the slots' table longer; 4 was the fastest of 4, 16 and 64 on a month of flights with six views.
 PER_SLOT = 4
@@ -38,7 +37,9 @@ def latest_of_all(view: View, table: pa.Table) -> pa.Table:
     return table.filter(pa.array(last))
 
 
-def slots(view: View, table: pa.Table, first: int, last: int) -> tuple[Ints, Ints, int]:
+def slots(
+    view: View, table: pa.Table, first: int, last: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int]:
     """Cut time into slots, so that a prediction looks only at the rows of its own one.
 
     Takes what `latest_known` returned, and the first and last prediction time in microseconds. Returns
@@ -60,7 +61,7 @@ def slots(view: View, table: pa.Table, first: int, last: int) -> tuple[Ints, Int
     return seen[index], opens[index] + offset, width
 
 
-def entities(table: pa.Table, on: tuple[str, ...]) -> Ints:
+def entities(table: pa.Table, on: tuple[str, ...]) -> npt.NDArray[np.int64]:
     """Return one number per row that is equal for equal `on` values."""
     groups = np.zeros(table.num_rows, dtype=np.int64)
     for name in on:
@@ -69,11 +70,11 @@ def entities(table: pa.Table, on: tuple[str, ...]) -> Ints:
     return groups.astype(np.int64)
 
 
-def _us(table: pa.Table, name: str) -> Ints:
+def _us(table: pa.Table, name: str) -> npt.NDArray[np.int64]:
     return np.asarray(table[name].cast(pa.int64()).to_numpy(), dtype=np.int64)
 
 
-def _running_max(groups: Ints, values: Ints) -> Ints:
+def _running_max(groups: npt.NDArray[np.int64], values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Return the largest value so far within each group; `groups` are sorted."""
     if not len(values):
         return values

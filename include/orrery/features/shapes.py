@@ -18,8 +18,8 @@ from orrery.features.definitions import Definitions, Derive, Rows, View, where
 
 EVENT_TIME, AVAILABLE_TIME = "event_time", "available_time"
 UTC = pa.timestamp("us", tz="UTC")
-# Rows that a derive is tried on alone, to see that it looks at no other row.
-ALONE = 32
+# Rows on which a derive is tried one by one, to see that it looks at no other row.
+ALONE = 8
 
 
 def rows_table(rows: Rows, raw: pa.Table, task: str) -> pa.Table:
@@ -49,7 +49,7 @@ def statics(here: str, table: pa.Table) -> pa.Table:
 
 
 def view_table(view: View, raw: pa.Table) -> pa.Table:
-    """Return a view's rows: the `on` columns, event_time, available_time, then the values; rows nobody can see left out."""
+    """Return a view's rows: `on` columns, event_time, available_time, values; rows nobody can see are left out."""
     here = f"@view {view.name}"
     table = call(here, view.function, raw)
     _need(here, view.function, table, (*view.on, EVENT_TIME, AVAILABLE_TIME))
@@ -65,7 +65,20 @@ def view_table(view: View, raw: pa.Table) -> pa.Table:
 
 
 def derived(definitions: Definitions, rows: pa.Table) -> pa.Table:
-    """Apply the derives in order to rows without label and label_time; the features come out plain."""
+    """Apply the derives in order to rows without label and label_time; the features come out plain.
+
+    Raises `DataError` for a derive that changes rows, or that gives a row other values when it comes alone.
+    """
+    rows = rows.select([n for n in rows.column_names if n not in (LABEL, LABEL_TIME)])
+    for each in definitions.derives:
+        found = _derive(each, rows)
+        _check_alone(each, rows.slice(0, ALONE), found.slice(0, ALONE))
+        rows = found
+    return rows
+
+
+def derived_online(definitions: Definitions, rows: pa.Table) -> pa.Table:
+    """Like `derived`, less the second look: the same functions have passed it offline."""
     for each in definitions.derives:
         rows = _derive(each, rows)
     return rows
@@ -104,7 +117,9 @@ def join_column(column: pa.ChunkedArray, here: str) -> pa.ChunkedArray:
     """Return a column that is joined on: string, int64 or boolean. Raises `DataError` for other types."""
     column = plain(column, here)
     if pa.types.is_floating(column.type) and column.null_count < len(column):
-        raise DataError(f"{here} is a floating point number, which cannot be joined on", hint="cast it to int64 or string")
+        raise DataError(
+            f"{here} is a floating point number, which cannot be joined on", hint="cast it to int64 or string"
+        )
     return column
 
 
@@ -205,37 +220,37 @@ def _seen(here: str, table: pa.Table, on: tuple[str, ...]) -> pa.Table:
 
 
 def _derive(each: Derive, rows: pa.Table) -> pa.Table:
-    here = f"@derive {each.name}"
-    given = rows.select([n for n in rows.column_names if n not in (LABEL, LABEL_TIME)])
-    found = call(here, each.function, given)
-    _same_rows(here, each, given, found)
-    found = statics(here, found)
-    alone = statics(here, call(here, each.function, given.slice(0, ALONE)))
-    _same_rows(here, each, given.slice(0, ALONE), alone)
-    for name in found.column_names:
-        if name not in RESERVED and not _alike(found[name].slice(0, ALONE), alone[name]):
-            raise DataError(
-                f"{where(each.function)}: {here}: {name} of a row changes with the rows beside it",
-                hint="online each row comes alone: compute it from its own columns",
-            )
-    return found
-
-
-def _same_rows(here: str, each: Derive, given: pa.Table, found: pa.Table) -> None:
-    _need(here, each.function, found, tuple(given.column_names))
+    here, at = f"@derive {each.name}", where(each.function)
+    found = call(here, each.function, rows)
+    _need(here, each.function, found, tuple(rows.column_names))
     for name in (KEY, PREDICTION_TIME):
-        if name in given.column_names and not found[name].equals(given[name]):
-            raise DataError(f"{where(each.function)}: {here} changed {name}", hint="add columns; keep the rows as they are")
-    if found.num_rows != given.num_rows or set(found.column_names) & {LABEL, LABEL_TIME}:
-        raise DataError(
-            f"{where(each.function)}: {here} returned other rows, or a label", hint="add columns; keep the rows as they are"
-        )
+        if name in rows.column_names and not found[name].equals(rows[name]):
+            raise DataError(f"{at}: {here} changed {name}", hint="add columns; keep the rows and their order")
+    if found.num_rows != rows.num_rows or set(found.column_names) & {LABEL, LABEL_TIME}:
+        raise DataError(f"{at}: {here} returned other rows, or a label", hint="add columns; keep the rows as they are")
+    return statics(here, found)
+
+
+def _check_alone(each: Derive, few: pa.Table, expected: pa.Table) -> None:
+    """Raise `DataError` when a derive looks at more than one row at a time: online there is one."""
+    for i in range(few.num_rows):
+        alone = _derive(each, few.slice(i, 1))
+        for name in alone.column_names:
+            if (
+                name not in RESERVED
+                and not name.startswith("_")
+                and not _alike(expected[name].slice(i, 1), alone[name])
+            ):
+                raise DataError(
+                    f"{where(each.function)}: @derive {each.name}: {name} of a row changes with the rows beside it",
+                    hint="online a row comes alone: compute it from its own columns",
+                )
 
 
 def _alike(a: pa.ChunkedArray, b: pa.ChunkedArray) -> bool:
     """Tell whether two columns are equal; vectorised numbers may differ in their last bits with the length."""
-    if a.type != b.type:
-        return False
+    if a.type != b.type:  # a row alone may have nothing but nulls, which have no type of their own
+        return a.null_count == len(a) and b.null_count == len(b)
     if not pa.types.is_float64(a.type):
         return bool(a.equals(b))
     close = pc.less_equal(pc.abs(pc.subtract(a, b)), pc.add(1e-12, pc.multiply(1e-9, pc.abs(a))))

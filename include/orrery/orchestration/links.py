@@ -73,12 +73,14 @@ BY_VERB: dict[str, tuple[type[ResultLink], ...]] = {
 LINKS: tuple[type[ResultLink], ...] = (MLflowRunLink, DataDocsLink, CurvesLink, ModelVersionLink)
 
 
-def urls(result: Result) -> dict[str, str]:
+def urls(result: Result, dag_id: str) -> dict[str, str]:
     """Return XCom key -> URL for a result's links; a path of the store is served by the plugin."""
     known = {k.result_key: k for k in LINKS}
     out = {}
     for name, target in result.links.items():
         if name in known:
-            url = target if target.startswith(("http://", "https://")) else f"{EVIDENCE}/{quote(target)}"
+            url = (
+                target if target.startswith(("http://", "https://")) else f"{EVIDENCE}/{quote(dag_id)}/{quote(target)}"
+            )
             out[known[name]().xcom_key] = url
     return out

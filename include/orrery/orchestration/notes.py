@@ -39,7 +39,7 @@ class Notes:
                 return
             text = note(project, run_name(dag_run))
             if text:
-                dag_run.note = text[:MAX_LENGTH]  # type: ignore[assignment]
+                dag_run.note = text[:MAX_LENGTH]
         except Exception:
             log.exception("the note of run %s could not be written", dag_run.run_id)
 

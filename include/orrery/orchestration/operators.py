@@ -116,7 +116,7 @@ class StepOperator(BaseOperator):
         return {f"ORRERY_SOURCE_{n.upper()}": BaseHook.get_connection(c).get_uri() for n, c in found.items()}
 
     def _push_links(self, context: Context, result: Result) -> None:
-        for key, url in links.urls(result).items():
+        for key, url in links.urls(result, context["dag_run"].dag_id).items():
             context["ti"].xcom_push(key=key, value=url)
 
     def _emit(self, context: Context, requests: list[Request]) -> None:

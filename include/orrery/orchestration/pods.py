@@ -41,8 +41,9 @@ class PodStepOperator(StepOperator, KubernetesPodOperator):
     def _make_launcher(self, context: Context, planner: Planner) -> Any:
         def launch(plan: Plan) -> int:
             self.arguments = step_arguments(plan)
+            labels: dict[str, str] = dict(self.labels or {})
             self.labels = {
-                **(self.labels or {}),
+                **labels,
                 "orrery/run": plan.config.run[-63:].strip("-_."),
                 "orrery/attempt": str(plan.config.attempt),
             }
@@ -51,9 +52,8 @@ class PodStepOperator(StepOperator, KubernetesPodOperator):
                 KubernetesPodOperator.execute(self, context)
             except OrreryError:
                 raise
-            except (
-                Exception
-            ) as e:  # the pod operator raises one type for every end; the result document tells them apart
+            except Exception as e:
+                # The pod operator raises one type for every end; the result document tells them apart.
                 self.log.warning("the pod did not end well: %s", e)
                 return 1
             return 0

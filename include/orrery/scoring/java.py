@@ -91,7 +91,11 @@ def _ask(java: Path) -> Java | None:
     """Start it: a launcher of a version manager (asdf, jenv), or macOS's stub, which only prints an advice."""
     try:
         got = subprocess.run(
-            [str(java), "-XshowSettings:properties", "-version"], capture_output=True, text=True, timeout=60
+            [str(java), "-XshowSettings:properties", "-version"],
+            capture_output=True,
+            check=False,
+            text=True,
+            timeout=60,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -137,14 +136,15 @@ def score_part(job: Job, item: Item) -> Part:
     source = open_parquet(store, job.features)
     columns = [KEY, PREDICTION_TIME, *schema.columns]
     tables, unknown, not_finite, read = [], Unknown(schema), 0, 0
-    for group in item.groups or ((),):
-        groups = [group] if isinstance(group, int) else []
+    for groups in [[g] for g in item.groups] or [
+        []
+    ]:  # one by one: a part's raw columns need not fit the memory at once
         table = source.read_row_groups(groups, columns=columns, use_threads=False)
         read += table.num_rows
         table = sample(table, job.sample)
         predictions, ids = predict(model, schema, table)
         unknown.add(table, ids)
-        finite = np.isfinite(predictions).reshape(len(predictions), -1).all(axis=1)
+        finite = np.isfinite(predictions) if predictions.ndim == 1 else np.isfinite(predictions).all(axis=1)
         not_finite += int(len(finite) - finite.sum())
         tables.append(_scores(table, predictions, finite, job.version))
     data = to_parquet(pa.concat_tables(tables))
@@ -177,7 +177,9 @@ def _model(store: str, path: str, sha256: str) -> Any:
     try:
         data = Store(store).read(path)
     except FileNotFoundError:
-        raise UserError(f"{store}/{path} is gone, its manifest is not", hint="orrery rollback, or train again") from None
+        raise UserError(
+            f"{store}/{path} is gone, its manifest is not", hint="orrery rollback, or train again"
+        ) from None
     if hashlib.sha256(data).hexdigest() != sha256:
         raise UserError(f"{store}/{path} is not the file that was committed", hint="it was damaged: train again")
     options = onnxruntime.SessionOptions()
@@ -191,7 +193,7 @@ def predict(model: Any, schema: Schema, table: pa.Table) -> tuple[npt.NDArray[np
     numeric, ids = schema.encode(table)
     feed = {n: a for n, a in (("numeric", numeric), ("categorical", ids)) if a.shape[1]}
     shape = (len(numeric), len(schema.classes)) if schema.task == "multiclass" else (len(numeric),)
-    out = np.empty(shape, dtype=np.float32)
+    out: npt.NDArray[np.float32] = np.empty(shape, dtype=np.float32)
     for start in range(0, len(numeric), BATCH):
         end = min(start + BATCH, len(numeric))
         out[start:end] = model.run(["prediction"], {n: a[start:end] for n, a in feed.items()})[0]
@@ -241,7 +243,7 @@ class Unknown:
 
     def __init__(self, schema: Schema) -> None:
         self.columns = list(schema.vocabularies)
-        self.found: dict[str, dict[str, Any]] = OrderedDict()
+        self.found: dict[str, dict[str, Any]] = {}
 
     def add(self, table: pa.Table, ids: npt.NDArray[np.int64]) -> None:
         """Count the rows of `table` whose id is 0 (see `Schema.encode`) though they have a value."""

@@ -95,7 +95,7 @@ def _logistic(design: Design, y: Floats) -> Floats:
     for _ in range(MAX_STEPS):
         step = np.linalg.solve(hessian, gradient)
         # Newton's decrement: what this step can still gain.
-        if float(gradient @ step) < 1e-8 * max(1.0, loss):
+        if float(gradient @ step) < 1e-10 * max(1.0, loss):
             break
         size = 1.0
         while True:

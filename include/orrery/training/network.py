@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from orrery.training.schema import Schema
 
 
-class Inputs(nn.Module):  # type: ignore[misc]
+class Inputs(nn.Module):
     """Numeric [N, n] with NaN -> [N, schema.numeric_width]: standardised, NaN as 0, then the is-missing columns."""
 
     def __init__(self, schema: Schema, mean: npt.NDArray[np.float64], std: npt.NDArray[np.float64]) -> None:
@@ -34,7 +34,7 @@ class Inputs(nn.Module):  # type: ignore[misc]
         return torch.cat([standard, missing.index_select(1, self.where).to(numeric.dtype)], dim=1)
 
 
-class Head(nn.Module):  # type: ignore[misc]
+class Head(nn.Module):
     """Output of the user's module -> prediction: `scale` and `shift` calibrate, or restore the target's units."""
 
     def __init__(self, task: str, scale: float = 1.0, shift: float = 0.0) -> None:
@@ -51,7 +51,7 @@ class Head(nn.Module):  # type: ignore[misc]
         return torch.softmax(scaled, dim=1) if self.task == "multiclass" else scaled
 
 
-class Network(nn.Module):  # type: ignore[misc]
+class Network(nn.Module):
     """The whole of it; an input whose list is empty is left out of the call."""
 
     def __init__(self, schema: Schema, inputs: Inputs, module: nn.Module, head: Head) -> None:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from pydantic import BaseModel
 
 from orrery.contract import Result, TrainParams
-from orrery.errors import DataError
+from orrery.errors import DataError, TryAgain, UserError
 from orrery.step import Work
 from orrery.training import Dataset, baseline, dataset, settings, signature, user_model
 from orrery.training.labels import classes
@@ -54,7 +54,7 @@ def run(work: Work, params: TrainParams) -> Result:
     work.write("schema.json", (schema.model_dump_json() + "\n").encode())
     work.write_json("params.json", trained.params)
     work.write_json("split.json", parts.bounds)
-    return _result(work, parts, schema, model, trained)
+    return _result(work, params, parts, schema, model, trained)
 
 
 def _with_torch(work: Work, params: TrainParams, chosen: BaseModel, fit: Dataset, tune: Dataset) -> Trained:
@@ -103,7 +103,9 @@ def _loss(prediction: npt.NDArray[np.float32], data: Dataset, fit: Dataset) -> f
     return float(-np.log(np.maximum(of_truth, 1e-7)).mean())
 
 
-def _result(work: Work, parts: Parts, schema: Schema, model: UserModel, trained: Trained) -> Result:
+def _result(
+    work: Work, params: TrainParams, parts: Parts, schema: Schema, model: UserModel, trained: Trained
+) -> Result:
     rows = parts.counts
     metrics = {**trained.metrics, "rows": float(rows["fit"] + rows["tune"])}
     facts = {
@@ -114,9 +116,20 @@ def _result(work: Work, parts: Parts, schema: Schema, model: UserModel, trained:
         "features": {"numeric": len(schema.numeric), "categorical": len(schema.categorical)},
     }
     result = Result(metrics=metrics, facts=facts)
+    if page := _tracked(work, {**trained.params, "seed": params.seed, "processes": params.processes}, trained, metrics):
+        result.links["MLflow run"] = page
+    return result
+
+
+def _tracked(work: Work, told: dict[str, Any], trained: Trained, metrics: dict[str, float]) -> str | None:
+    """Log the training to MLflow and return its page; an MLflow that is away costs a warning, not the training."""
     from orrery.registry import tracking
 
-    run_id = tracking.log_training(work, trained.params, trained.history, metrics)
-    if run_id is not None:
-        result.links["MLflow run"] = tracking.url(run_id)
-    return result
+    run_id = tracking.log_training(work, told, trained.history, metrics)
+    if run_id is None:
+        return None
+    try:
+        return tracking.url(run_id)
+    except (TryAgain, UserError) as e:
+        work.log.warning(f"the training is in MLflow as {run_id}, its page is not known: {e.message}")
+        return None

@@ -6,6 +6,7 @@ batch and the gradients are averaged, so the number of processes changes roundin
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ class Trainer:
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
         history: list[dict[str, float]] = []
         best, best_epoch, kept = float("inf"), 0, _copy(self.network.module)
-        with log.progress("epochs", self.settings.epochs) as tick:
+        with self._progress() as tick:
             for epoch in range(1, self.settings.epochs + 1):
                 began = time.monotonic()
                 entry = {"fit_loss": self._epoch(fit, epoch, schedule), "tune_loss": self.loss(tune)}
@@ -137,6 +138,11 @@ class Trainer:
         if self.place.world > 1:
             dist.all_reduce(value)
         return float(value)
+
+    def _progress(self) -> contextlib.AbstractContextManager[log.Tick]:
+        if self.place.rank == 0:
+            return log.progress("epochs", self.settings.epochs)
+        return contextlib.nullcontext(lambda n=1.0: None)
 
     def _refuse_broken(self, entry: dict[str, float], epoch: int) -> None:
         if not all(np.isfinite(v) for v in entry.values()):

@@ -26,7 +26,7 @@ from orrery.errors import OrreryError, RequestError, SpecError, TryAgain, UserEr
 from orrery.servers import config, processes, settings
 from orrery.servers.processes import Process
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CALL = "import sys; from pathlib import Path; from orrery import servers; servers.{}(Path(sys.argv[1]))"
 VENVS = Path(os.environ.get("ORRERY_VENVS") or ROOT / ".venvs")
 DAG = '''"""An airflow dag for the test."""

@@ -1,0 +1,109 @@
+"""One MLflow run per training attempt, and what it was made from. A training never fails for want of MLflow."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from orrery.errors import TryAgain, UserError
+from orrery.registry import client
+from orrery.registry.client import ADDRESS_TAG, Mlflow, Run
+from orrery.step import Work
+from orrery.store import Manifest
+
+# The server's own limits per request and value (mlflow/utils/validation.py).
+MAX_METRICS, MAX_PARAMS, MAX_PARAM, MAX_TAG = 1000, 100, 6000, 5000
+ATTEMPT_TAG = "orrery.attempt"
+# A training waits this long for one answer; registering later, with nothing else to do, waits longer.
+ANSWER_S = 10.0
+
+
+def log_training(
+    work: Work, params: Mapping[str, Any], history: Sequence[Mapping[str, float]], metrics: Mapping[str, float]
+) -> str | None:
+    """Log one training attempt; return its run's id, or None when there is no MLflow or it does not answer.
+
+    `history` has one mapping per epoch. Called again for the same attempt it completes the same run.
+    """
+    try:
+        server = client.from_environment(ANSWER_S)
+        return None if server is None else _log(server, work, params, history, metrics)
+    except (TryAgain, UserError) as e:  # Interrupted goes on up
+        work.log.warning(f"the training is not in MLflow: {e.message}")
+        return None
+
+
+def _log(
+    server: Mlflow,
+    work: Work,
+    params: Mapping[str, Any],
+    history: Sequence[Mapping[str, float]],
+    metrics: Mapping[str, float],
+) -> str:
+    run = attempt_run(server, work)
+    # All at the run's start: logging again adds no second point.
+    points = [_metric(k, v, step, run) for step, epoch in enumerate(history) for k, v in epoch.items()]
+    points += [_metric(k, v, len(history), run) for k, v in metrics.items()]
+    told = [{"key": k, "value": _text(v)[:MAX_PARAM]} for k, v in params.items()]
+    for chunk in _chunks(told, MAX_PARAMS):
+        server.call("POST", "runs/log-batch", run_id=run.id, params=chunk)
+    for chunk in _chunks([p for p in points if math.isfinite(p["value"])], MAX_METRICS):
+        server.call("POST", "runs/log-batch", run_id=run.id, metrics=chunk)
+    server.call("POST", "runs/update", run_id=run.id, status="FINISHED", end_time=int(time.time() * 1000))
+    return run.id
+
+
+def attempt_run(server: Mlflow, work: Work) -> Run:
+    """Return the run of this attempt, made when it is not there."""
+    config = work.config
+    experiment = server.experiment(config.project)
+    found = server.find_run(experiment, ATTEMPT_TAG, config.folder)
+    if found is not None:
+        return found
+    tags = lineage(work.config.project, config.key, config.fingerprint, config.bundle, work.inputs("features"))
+    tags |= {"orrery.run": config.run, ATTEMPT_TAG: config.folder, ADDRESS_TAG: work.address}
+    return server.create_run(experiment, f"{config.key} {config.run}"[:250], tags, int(time.time() * 1000))
+
+
+def lineage(
+    project: str, window: str, fingerprint: Mapping[str, str], bundle: str, data: Iterable[Manifest]
+) -> dict[str, str]:
+    """Return the tags that say what a model was made from: code, environment, project folder, data."""
+    return {
+        "orrery.project": project,
+        "orrery.window": window,
+        "orrery.code": fingerprint.get("code", ""),
+        "orrery.environment": fingerprint.get("environment", ""),
+        "orrery.bundle": bundle,
+        "orrery.data": _data(list(data)),
+    }
+
+
+def _data(manifests: list[Manifest]) -> str:
+    """Return the data's manifests as JSON; of too many, the first ones and how many there are."""
+    entries = [{"key": m.key, "path": m.path, "digest": m.digest} for m in manifests]
+    kept = entries
+    while len(text := json.dumps({"count": len(entries), "manifests": kept})) > MAX_TAG:
+        kept = kept[: len(kept) // 2]
+    return text
+
+
+def url(run_id: str) -> str:
+    """Return the page of a run. Raises `TryAgain` when MLflow cannot be reached."""
+    server = client.needed()
+    return server.run_page(server.run(run_id))
+
+
+def _metric(key: str, value: float, step: int, run: Run) -> dict[str, Any]:
+    return {"key": key, "value": float(value), "step": step, "timestamp": run.started}
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+
+
+def _chunks(items: list[dict[str, Any]], size: int) -> Iterable[list[dict[str, Any]]]:
+    return (items[i : i + size] for i in range(0, len(items), size))
