@@ -52,14 +52,18 @@ def pack(folder: Path) -> Bundle:
             f"{folder}: {total:,} bytes; a project may have {MAX_BYTES:,}", hint=f"the largest file is {largest}"
         )
     stamp = tuple((str(f.relative_to(folder)), f.stat().st_mtime_ns, f.stat().st_size) for f in files)
-    return _pack(folder, stamp)
+    return _cached(folder, stamp)
 
 
 @lru_cache(maxsize=256)
-def _pack(folder: Path, stamp: tuple[tuple[str, int, int], ...]) -> Bundle:
+def _cached(folder: Path, stamp: tuple[tuple[str, int, int], ...]) -> Bundle:
+    return _pack(folder, [name for name, _, _ in stamp])
+
+
+def _pack(folder: Path, names: list[str]) -> Bundle:
     h, buffer = hashlib.sha256(), io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, _, _ in stamp:
+        for name in names:
             data = (folder / name).read_bytes()
             h.update(f"{name}\0{hashlib.sha256(data).hexdigest()}\n".encode())
             info = tarfile.TarInfo(name)
@@ -90,11 +94,15 @@ def fetch(store: Store, digest: str, target: Path) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     try:
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            names = sorted(tar.getnames())
             tar.extractall(target, filter="data")
     except (tarfile.TarError, OSError) as e:
         raise UserError(f"{store.uri}/{path_of(digest)}: not a bundle ({e})") from None
-    found = pack(target).digest
-    if found != digest:
+    # No cache: an archive's files all have the same time. No more names than the digest covers: a forged
+    # `__pycache__` would be imported instead of the source beside it.
+    packed = [str(f.relative_to(target)) for f in _files(target)]
+    found = _pack(target, packed).digest
+    if found != digest or names != sorted(packed):
         raise UserError(
             f"{store.uri}/{path_of(digest)}: its content has digest {found[:12]}, planned was {digest[:12]}",
             hint="the store was changed behind our back: delete that file and start a new run",
@@ -123,7 +131,7 @@ def load_module(folder: Path, project: str, module: str) -> ModuleType:
     sys.modules[name] = loaded
     try:
         spec.loader.exec_module(loaded)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         del sys.modules[name]
         line = _line_in(e, file)
         raise SpecError(f"{file}{line}: {type(e).__name__}: {e}", hint="it must import in its environment") from e

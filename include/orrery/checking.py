@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import subprocess
 from typing import Any
 
@@ -77,7 +78,9 @@ def feature_changes(project: str) -> list[str]:
     committed = planner.store.latest_manifest(project, "features", keys[-1]) if keys else None
     if committed is None:
         return []
-    request = Request(project, "materialize", (keys[-1],), run="check", task="materialize", sample=0.01, actor="check")
+    # A run of its own: two checks at a time must not take each other's lease, or read each other's result.
+    name = f"check-{secrets.token_hex(4)}"
+    request = Request(project, "materialize", (keys[-1],), run=name, task="materialize", sample=0.01, actor="check")
     result = run(planner, request, LocalProcess(on_line=lambda _: None))
     assert result.output is not None
     now = planner.store.manifest(result.output)

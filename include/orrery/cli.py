@@ -11,7 +11,7 @@ def main() -> None:
     """Entry of the `orrery` command."""
     started = _process_start()
     if sys.argv[1:2] == ["step"]:
-        from orrery.runner import follow_parent
+        from orrery.parent import follow_parent
         from orrery.step import main as step
 
         follow_parent()

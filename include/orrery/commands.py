@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from orrery import platform
@@ -108,10 +109,10 @@ def _secrets_note(plan: Plan) -> None:
 def show(step: str, key: str, result: Result) -> None:
     """Print how a step ended."""
     if result.skipped:
-        out.print(f"[green]✓[/] {step} {key}: skipped, {result.skipped}")
+        out.print(f"[green]✓[/] {step} {escape(key)}: skipped, {escape(result.skipped)}")
     else:
         spent = ", ".join(f"{k} {v:.1f} s" for k, v in result.seconds.items() if k in ("import", "work", "total"))
-        out.print(f"[green]✓[/] {step} {key}: {result.verdict or 'done'} ({spent})")
+        out.print(f"[green]✓[/] {step} {escape(key)}: {result.verdict or 'done'} ({spent})")
     for reason in result.reasons:
         out.print(f"    {reason}", markup=False)
     for name, value in result.metrics.items():
@@ -154,7 +155,7 @@ def new(
     from orrery import scaffold
 
     for path in scaffold.create(project, kind, dict(_pair(d) for d in data or ()), task, owner or actor()):
-        out.print(f"[green]✓[/] {path}")
+        out.print(f"[green]✓[/] {escape(str(path))}")
     out.print(f"next: fill in what is marked in its files, then [bold]orrery check {project}[/]")
 
 
@@ -199,12 +200,13 @@ def ledger(
         )
         why = [p["reason"]] if p.get("reason") else []
         why += list(p.get("reasons", ()))[:6] + list(p.get("evidence", {}).values())
-        table.add_row(e.at[:19].replace("T", " "), what, e.actor, change, "\n".join(why))
+        cells = (e.at[:19].replace("T", " "), what, e.actor, change, "\n".join(map(str, why)))
+        table.add_row(*(escape(c) for c in cells))
     out.print(table)
     now = book.champion(project, at)
     out.print(
         f"champion{f' at {at}' if at else ''}: "
-        + (f"version {now.version} since {now.since[:19]}, by {now.actor}" if now else "none")
+        + (escape(f"version {now.version} since {now.since[:19]}, by {now.actor}") if now else "none")
     )
     done = {(e.kind, e.key) for e in entries if e.phase == "done"}
     for e in entries:
@@ -247,7 +249,7 @@ def rollback(
 
 def _before(planner: Planner, version: str) -> str | None:
     """Return the champion before the present one, by the ledger."""
-    changes = [e for e in planner.ledger.find(planner.project, phase="done") if e.kind in ("promotion", "rollback")]
+    changes = planner.ledger.find(planner.project, "promotion", "rollback", phase="done")
     earlier = [str(e.payload["version"]) for e in changes if str(e.payload["version"]) != version]
     return earlier[-1] if earlier else None
 

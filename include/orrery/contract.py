@@ -6,6 +6,7 @@ secret; the result document is the truth and the exit code a hint.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -211,3 +212,8 @@ class Result(BaseModel):
     skipped: str | None = Field(None, description="Why no work was done.")
     seconds: dict[str, float] = Field(default_factory=dict, description="start, import, work, commit, total.")
     error: StepError | None = None
+
+    def drop_not_finite(self) -> None:
+        """Leave out metrics that JSON cannot hold, and say so: nothing may read a missing number as a good one."""
+        for name in [n for n, value in self.metrics.items() if not math.isfinite(value)]:
+            self.reasons.append(f"metric {name} is not a finite number: {self.metrics.pop(name)}")

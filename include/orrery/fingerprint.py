@@ -14,6 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from orrery.errors import UserError
+
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -29,7 +31,7 @@ def _imports(module: str, file: Path) -> set[str]:
     """Return the orrery modules that `file` imports anywhere, inside functions as well."""
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     found: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(file.read_bytes())):
         if isinstance(node, ast.Import):
             found.update(a.name for a in node.names if a.name.split(".")[0] == "orrery")
         elif isinstance(node, ast.ImportFrom):
@@ -40,6 +42,8 @@ def _imports(module: str, file: Path) -> set[str]:
             if base.split(".")[0] == "orrery":
                 found.add(base)
                 found.update(f"{base}.{a.name}" for a in node.names)
+    # Importing a.b.c runs a/__init__ and a.b/__init__ as well.
+    found |= {".".join(m.split(".")[:n]) for m in {module, *found} for n in range(1, m.count(".") + 1)}
     return {m for m in found if _source(m)}
 
 
@@ -95,4 +99,9 @@ def _file_digest(path: Path, mtime: int) -> str:
 def pins(home: Path, environment: str) -> str:
     """Return the digest of an environment's pinned requirements."""
     file = home / "docker" / environment / "requirements.txt"
-    return _file_digest(file, file.stat().st_mtime_ns)
+    try:
+        return _file_digest(file, file.stat().st_mtime_ns)
+    except OSError as e:
+        raise UserError(
+            f"{file}: {e.strerror}", hint=f"it holds the pins of environment {environment!r}: make lock"
+        ) from None

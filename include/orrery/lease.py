@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 from orrery.errors import Fenced, LeaseHeld, OrreryError
 from orrery.store import Store
@@ -22,6 +23,16 @@ RENEW_S = 2.0
 # A holder that has not renewed for this long is taken for dead: five missed renewals, since a step in
 # native code may hold Python's lock for seconds.
 DEAD_AFTER_S = 10.0
+
+
+def _parsed(document: bytes) -> dict[str, Any]:
+    """Return a lease's document; a damaged one has no owner, and ends when nobody renews it."""
+    nobody = {"owner": "", "attempt": "an unknown attempt", "done": False}
+    try:
+        found = json.loads(document)
+    except ValueError:
+        return nobody
+    return {**nobody, **found} if isinstance(found, dict) else nobody
 
 
 class Lease:
@@ -72,7 +83,7 @@ class Lease:
             free = top == 0
             if top:
                 now = self._read(top)
-                holder = json.loads(now)
+                holder = _parsed(now)
                 if now != seen:
                     seen, changed = now, time.monotonic()
                 free = holder["done"] or holder["owner"] == self.owner or time.monotonic() - changed > DEAD_AFTER_S
@@ -104,7 +115,7 @@ class Lease:
         """Raise `Fenced` when a newer attempt has taken over."""
         top = max(self._tokens(), default=0)
         if top > self.token:
-            holder = json.loads(self._read(top))
+            holder = _parsed(self._read(top))
             raise Fenced(
                 f"attempt {holder['attempt']} has taken over {self.folder}", hint="this attempt commits nothing"
             )

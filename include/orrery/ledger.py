@@ -7,19 +7,21 @@ exists at most once, so nothing is recorded twice.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import sqlalchemy as sa
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError
 
-from orrery.errors import RequestError, TryAgain
+from orrery.errors import RequestError, TryAgain, UserError
 
 Kind = Literal["run", "decision", "promotion", "rollback"]
 Phase = Literal["intent", "done"]
@@ -66,14 +68,27 @@ class Champion:
 
 
 @lru_cache(maxsize=8)
-def _engine(url: str) -> sa.Engine:
-    if url.startswith("sqlite:///"):
-        Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        engine = sa.create_engine(url, connect_args={"timeout": 30})
-    else:
-        engine = sa.create_engine(url, pool_pre_ping=True)
+def _engine(url: str, process: int) -> sa.Engine:
+    """Return the engine of one process: a connection must not be shared with a fork."""
+    try:
+        if url.startswith("sqlite:///"):
+            Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+            engine = sa.create_engine(url, connect_args={"timeout": 30})
+        else:
+            engine = sa.create_engine(url, pool_pre_ping=True)
+    except (ArgumentError, ImportError, OSError) as e:
+        shown = e.strerror if isinstance(e, OSError) else type(e).__name__
+        raise UserError(
+            f"the ledger's URL cannot be used ({shown})",
+            hint="ORRERY_LEDGER, such as sqlite:////srv/ledger.db or postgresql+psycopg://…",
+        ) from None
     with _reachable(url):
-        metadata.create_all(engine)
+        try:
+            metadata.create_all(engine)
+        except (ProgrammingError, IntegrityError, OperationalError) as e:
+            if "already exists" not in str(e):
+                raise
+            metadata.create_all(engine)  # two processes made the table at once: now it is there
     return engine
 
 
@@ -82,8 +97,6 @@ def _reachable(url: str) -> Iterator[None]:
     try:
         yield
     except OperationalError as e:
-        if "already exists" in str(e):  # two processes made the table at once
-            return
         shown = sa.engine.make_url(url).render_as_string(hide_password=True)
         raise TryAgain(f"the ledger {shown} cannot be reached: {e.orig}") from None
 
@@ -93,7 +106,7 @@ class Ledger:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.engine = _engine(url)
+        self.engine = _engine(url, os.getpid())
 
     def record(self, project: str, kind: Kind, key: str, phase: Phase, actor: str, payload: dict[str, Any]) -> bool:
         """Append one entry; return False when that entry exists already (then nothing changes)."""
@@ -101,7 +114,7 @@ class Ledger:
             "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "project": project,
             "kind": kind,
-            "key": key[:250],
+            "key": _short(key),
             "phase": phase,
             "actor": actor[:250],
             "payload": json.dumps(payload, sort_keys=True),
@@ -114,13 +127,11 @@ class Ledger:
                 return False
         return True
 
-    def find(
-        self, project: str, kind: Kind | None = None, *, phase: Phase | None = None, at: str | None = None
-    ) -> list[Entry]:
-        """Return entries of a project, oldest first, up to the moment `at` (ISO 8601, UTC)."""
+    def find(self, project: str, *kinds: Kind, phase: Phase | None = None, at: str | None = None) -> list[Entry]:
+        """Return entries of a project (of some kinds), oldest first, up to the moment `at` (ISO 8601, UTC)."""
         query = sa.select(entries).where(entries.c.project == project).order_by(entries.c.id)
-        if kind:
-            query = query.where(entries.c.kind == kind)
+        if kinds:
+            query = query.where(entries.c.kind.in_(kinds))
         if phase:
             query = query.where(entries.c.phase == phase)
         if at:
@@ -132,7 +143,7 @@ class Ledger:
     def get(self, project: str, kind: Kind, key: str, phase: Phase) -> Entry | None:
         """Return one entry, or None."""
         query = sa.select(entries).where(
-            entries.c.project == project, entries.c.kind == kind, entries.c.key == key[:250], entries.c.phase == phase
+            entries.c.project == project, entries.c.kind == kind, entries.c.key == _short(key), entries.c.phase == phase
         )
         with _reachable(self.url), self.engine.connect() as connection:
             row = connection.execute(query).mappings().first()
@@ -140,7 +151,7 @@ class Ledger:
 
     def champion(self, project: str, at: str | None = None) -> Champion | None:
         """Return the model version in use (at a moment in the past, when given), or None."""
-        changes = [e for e in self.find(project, phase="done", at=at) if e.kind in ("promotion", "rollback")]
+        changes = self.find(project, "promotion", "rollback", phase="done", at=at)
         if not changes:
             return None
         last = changes[-1]
@@ -150,7 +161,7 @@ class Ledger:
 
     def versions(self, project: str) -> dict[str, str]:
         """Return every version that was ever champion and the manifest of its training, oldest first."""
-        done = [e for e in self.find(project, phase="done") if e.kind in ("promotion", "rollback")]
+        done = self.find(project, "promotion", "rollback", phase="done")
         return {e.payload["version"]: e.payload["model"] for e in done}
 
     def registered(self, project: str) -> dict[str, str]:
@@ -163,13 +174,26 @@ def moment(text: str) -> str:
     """Return a moment in UTC as the ledger writes it. Raises `RequestError` for anything but ISO 8601."""
     try:
         parsed = datetime.fromisoformat(text)
-    except ValueError:
+        if parsed.tzinfo is None:
+            parsed = parsed.replace(tzinfo=UTC)
+        # A day without an hour means its end: "--at 2013-04-01" is what was true on that day.
+        if _is_day(text):
+            parsed = parsed.replace(hour=23, minute=59, second=59, microsecond=999000)
+        return parsed.astimezone(UTC).isoformat(timespec="milliseconds")
+    except (ValueError, OverflowError):
         raise RequestError(
             f"{text!r} is not a time", hint="ISO 8601, such as 2013-04-01 or 2013-04-01T12:00+00:00"
         ) from None
-    if parsed.tzinfo is None:
-        parsed = parsed.replace(tzinfo=UTC)
-    # A day without an hour means its end: "--at 2013-04-01" is what was true on that day.
-    if len(text) == 10:
-        parsed = parsed.replace(hour=23, minute=59, second=59, microsecond=999000)
-    return parsed.astimezone(UTC).isoformat(timespec="milliseconds")
+
+
+def _is_day(text: str) -> bool:
+    try:
+        date.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _short(key: str) -> str:
+    """Return a key that fits its column; a long one keeps a digest, so that two never become one."""
+    return key if len(key) <= 250 else f"{key[:185]}-{hashlib.sha256(key.encode()).hexdigest()}"

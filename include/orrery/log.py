@@ -5,6 +5,7 @@ Progress is a bar on a terminal and a line now and then in a log.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
@@ -13,9 +14,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-import structlog
-
 PROGRESS_EVERY_S = 5.0
+
+
+def _without_rich() -> Any:
+    """Import structlog without rich, which it takes for tracebacks in colour that nobody here asks for (0.1 s)."""
+    hidden = "rich" not in sys.modules
+    if hidden:
+        sys.modules["rich"] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module("structlog")
+    finally:
+        if hidden:
+            del sys.modules["rich"]
+
+
+structlog: Any = _without_rich()
 
 
 def _line(_: Any, __: str, event: dict[str, Any]) -> str:

@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from orrery import bundle, fingerprint, partitions, platform
 from orrery.contract import VERBS, Params, Result, SourceRef, StepConfig, Verb
 from orrery.errors import RequestError, nearest
@@ -84,13 +86,15 @@ class Planner:
         verb = VERBS.get(request.verb)
         if verb is None:
             raise RequestError(f"unknown step {request.verb!r}", hint=nearest(request.verb, VERBS))
+        if not request.partitions:
+            raise RequestError(f"{verb.name} was asked for without a partition or window")
         for key in request.partitions:
             partitions.parse(key, self.spec.grain)
         if verb.scope == "partition" and len(request.partitions) != 1:
             raise RequestError(f"{verb.name} works on one partition, was asked for {len(request.partitions)}")
         packed = bundle.pack(self.folder)
         inputs = getattr(self, f"_inputs_{verb.name}", self._no_inputs)(request)
-        params: Params = getattr(self, f"_params_{verb.name}", self._no_params)(request)
+        params = self._params(verb, request)
         values = params.model_dump(mode="json")
         print_ = {} if verb.effect else self._fingerprint(verb, request, packed, values, inputs)
         address = None if verb.effect or verb.observes else fingerprint.digest(print_)[:32]
@@ -256,6 +260,17 @@ class Planner:
 
     # -- params, verb by verb ----------------------------------------------------------------------
 
+    def _params(self, verb: Verb, request: Request) -> Params:
+        try:
+            params: Params = getattr(self, f"_params_{verb.name}", self._no_params)(request)
+        except ValidationError as e:
+            first = e.errors()[0]
+            allowed = nearest(str(first["loc"][-1]), verb.params.model_fields)
+            raise RequestError(
+                f"{verb.name}: {'.'.join(map(str, first['loc']))}: {first['msg']}", hint=allowed
+            ) from None
+        return params
+
     def _no_params(self, request: Request) -> Params:
         return VERBS[request.verb].params.model_validate(dict(request.options))
 
@@ -288,7 +303,8 @@ class Planner:
 
     def _params_promote(self, request: Request) -> Params:
         now = self.champion()
-        values = {"version": request.options["version"], "previous": now.version if now else None}
+        values = {**request.options, "previous": now.version if now else None}
+        values.pop("model", None)  # rollback's, which is an input
         return VERBS[request.verb].params.model_validate({**values, "actor": request.actor, "reason": request.reason})
 
     _params_rollback = _params_promote

@@ -40,7 +40,15 @@ def _again(planner: Planner, recorded: StepConfig) -> Result:
 
 def attempt(planner: Planner, folder: str) -> Result:
     """Repeat the attempt whose config lies in `folder` of the store. Raises what the step raises."""
-    path = f"{folder.strip('/').removesuffix('/config.json')}/config.json"
+    config = _recorded(planner, f"{folder.strip('/').removesuffix('/config.json')}/config.json")
+    if config.project != planner.project:
+        raise RequestError(f"that attempt is of project {config.project!r}, not {planner.project!r}")
+    if VERBS[config.verb].effect:
+        raise RequestError(f"{config.verb} changes the registry: run it again, do not reproduce it")
+    return _again(planner, config)
+
+
+def _recorded(planner: Planner, path: str) -> StepConfig:
     try:
         config = StepConfig.model_validate_json(planner.store.read(path))
     except FileNotFoundError:
@@ -50,11 +58,11 @@ def attempt(planner: Planner, folder: str) -> Result:
         ) from None
     except ValidationError:
         raise RequestError(f"{planner.store.uri}/{path} is not the config of an attempt") from None
-    if config.project != planner.project:
-        raise RequestError(f"that attempt is of project {config.project!r}, not {planner.project!r}")
-    if VERBS[config.verb].effect:
-        raise RequestError(f"{config.verb} changes the registry: run it again, do not reproduce it")
-    return _again(planner, config)
+    if config.verb not in VERBS:
+        raise RequestError(
+            f"that attempt is of a step that is no more: {config.verb}", hint=nearest(config.verb, VERBS)
+        )
+    return config
 
 
 def version(planner: Planner, number: str) -> tuple[str, str]:
@@ -65,6 +73,6 @@ def version(planner: Planner, number: str) -> tuple[str, str]:
     manifest: Manifest | None = planner.store.manifest(versions[number])
     if manifest is None:
         raise UserError(f"the model of version {number} is gone from {planner.store.uri}")
-    config = StepConfig.model_validate_json(planner.store.read(f"{manifest.attempt}/config.json"))
+    config = _recorded(planner, f"{manifest.attempt}/config.json")
     result = _again(planner, config)
     return str(manifest.facts["weights_digest"]), str(result.facts["weights_digest"])

@@ -8,11 +8,14 @@ import json
 import os
 import signal
 import subprocess
-import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+
+from pydantic import ValidationError
 
 from orrery import platform
 from orrery.contract import Result, StepConfig
@@ -21,9 +24,10 @@ from orrery.plan import Plan, Planner, Request
 from orrery.store import Store
 
 # What a step may not see: the orchestrator's own secrets and addresses.
-WITHHELD_PREFIXES = ("AIRFLOW_", "_AIRFLOW", "ORRERY_LEDGER", "ORRERY_AIRFLOW", "ORRERY_SERVER")
+WITHHELD_PREFIXES = ("AIRFLOW_", "_AIRFLOW", "ORRERY_LEDGER", "ORRERY_AIRFLOW", "ORRERY_SERVER", "ORRERY_SOURCE_")
 WITHHELD = frozenset({"PYTHONPATH", "PYTHONSTARTUP", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__"})
 GRACE_S = 4.0  # below the 5 s after which Airflow's supervisor kills the worker
+LEFTOVER_S = 1.0  # what a step that has ended left running may take to end by itself
 
 
 class StepFailed(OrreryError):
@@ -58,72 +62,104 @@ def interpreter(environment: str) -> Path:
 
 
 def step_environment(extra: dict[str, str]) -> dict[str, str]:
-    """Return a step's environment: the caller's, less the orchestrator's secrets."""
+    """Return a step's environment: the caller's, less the orchestrator's secrets and the sources'."""
     own = {k: v for k, v in os.environ.items() if k not in WITHHELD and not k.startswith(WITHHELD_PREFIXES)}
     return {**own, "PYTHONUNBUFFERED": "1", "ORRERY_PARENT": str(os.getpid()), **extra}
+
+
+def _source_secrets(config: StepConfig) -> dict[str, str]:
+    """Return the variables of the SQL sources that this very step reads, as far as they are set here."""
+    names = [s.get("secret_env") for s in config.params.get("sources", {}).values()]
+    return {n: os.environ[n] for n in names if n and n in os.environ}
 
 
 @dataclass
 class LocalProcess:
     """Runs a step in its environment's Python, in a session of its own, its output line by line to `on_line`.
 
-    The step is told to stop (SIGTERM, then SIGKILL) when `stop()` is called, and by the kernel when this process dies.
+    The step is told to stop (SIGTERM, then SIGKILL) when `stop()` is called, and by the kernel when this process
+    dies. What it leaves running when it ends, however it ends, is ended too.
     """
 
     on_line: Callable[[str], None] | None = None
     logs: str = "json"
     _process: subprocess.Popen[str] | None = field(default=None, init=False)
+    _watch: threading.Thread | None = field(default=None, init=False)
 
     def __call__(self, plan: Plan) -> int:
         config = plan.config
         argv = [str(interpreter(plan.verb.environment)), "-m", "orrery", "step"]
         argv += ["--config", f"{config.store}/{config.folder}/config.json"]
         argv += ["--result", f"{config.store}/{config.folder}/result.json"]
-        env = step_environment({**plan.environment, "ORRERY_LOG": self.logs if self.on_line else "text"})
+        logs = self.logs if self.on_line else "text"
+        env = step_environment({**_source_secrets(config), **plan.environment, "ORRERY_LOG": logs})
         piped = subprocess.PIPE if self.on_line else None
         self._process = subprocess.Popen(
             argv, env=env, stdin=subprocess.DEVNULL, stdout=piped, stderr=subprocess.STDOUT if piped else None,
             text=True, errors="replace", start_new_session=True, cwd=platform.home(),
         )  # fmt: skip
+        self._watch = threading.Thread(target=_end_leftovers, args=(self._process.pid,), name="step", daemon=True)
+        self._watch.start()
         try:
             if self.on_line and self._process.stdout:
                 for line in self._process.stdout:
                     self.on_line(line.rstrip("\n"))
+            self._watch.join()
             return self._process.wait()
         finally:
             self.stop()
 
     def stop(self, grace: float = GRACE_S) -> None:
         """End the step and all it started. Safe to call at any time, from any thread."""
-        process = self._process
-        if process is None or process.poll() is not None:
+        process, watch = self._process, self._watch
+        if process is None or watch is None or process.returncode is not None:
             return
-        _signal_session(process.pid, signal.SIGTERM)
-        try:
-            process.wait(grace)
-        except subprocess.TimeoutExpired:
+        if watch.is_alive():
+            _signal_session(process.pid, signal.SIGTERM)
+            watch.join(grace)
+        if watch.is_alive():
             _signal_session(process.pid, signal.SIGKILL)
-            process.wait()
+            watch.join()
+        process.wait()
+
+
+def _end_leftovers(pid: int) -> None:
+    """Wait until the step has ended, then end what it started: it would hold the log open, or work on unseen.
+
+    The step is not reaped here, so that its number stays its own for as long as it is used.
+    """
+    try:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    except ChildProcessError:
+        return
+    deadline = time.monotonic() + LEFTOVER_S
+    while _others(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    _signal_session(pid, signal.SIGKILL)
+
+
+def _others(group: int) -> bool:
+    """Tell whether a process group has a living process beside its leader (Linux; elsewhere: perhaps)."""
+    try:
+        numbers = [p.name for p in Path("/proc").iterdir() if p.name.isdigit() and int(p.name) != group]
+    except OSError:
+        return True
+    for number in numbers:
+        try:
+            with open(f"/proc/{number}/stat") as f:
+                state, _, its_group = f.read().rpartition(")")[2].split()[:3]
+        except (OSError, ValueError):
+            continue
+        if int(its_group) == group and state != "Z":
+            return True
+    return False
 
 
 def _signal_session(pid: int, number: int) -> None:
     try:
         os.killpg(pid, number)
-    except ProcessLookupError:
+    except (ProcessLookupError, PermissionError):  # nobody there; on macOS also: only a zombie
         return
-
-
-def follow_parent() -> None:
-    """Ask the kernel to end this process when its parent dies (a step called from `LocalProcess`)."""
-    parent = os.environ.pop("ORRERY_PARENT", "")
-    if not parent or sys.platform != "linux":
-        return
-    import ctypes
-
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(parent):  # it died before we asked
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def prepare(plan: Plan, store: Store) -> None:
@@ -161,6 +197,11 @@ def read_result(store: Store, config: StepConfig, code: int) -> Result:
         return Result.model_validate_json(store.read(f"{config.folder}/result.json"))
     except FileNotFoundError:
         pass
+    except ValidationError:
+        raise StepFailed(
+            f"{store.uri}/{config.folder}/result.json is not a result document of this version",
+            hint="the step's image and the orchestrator must hold the same version of orrery",
+        ) from None
     if config.address:
         found = store.manifest(f"{config.project}/{config.verb}/{config.address}/manifest.json")
         if found is not None and found.attempt == config.folder:
@@ -176,8 +217,10 @@ def read_result(store: Store, config: StepConfig, code: int) -> Result:
 
 def raise_for(plan: Plan, result: Result) -> None:
     """Raise the error that a result tells, if any."""
-    if result.status == "done" or result.error is None:
+    if result.status == "done":
         return
+    if result.error is None:
+        raise StepFailed(f"{plan.config.verb} {plan.config.key} ended as {result.status} and does not say why")
     kinds: dict[str, type[OrreryError]] = {"user": UserError, "try_again": TryAgain, "interrupted": Interrupted}
     kind = kinds.get(result.status, StepVanished if result.error.kind == "StepVanished" else StepFailed)
     details: dict[str, object] = {
@@ -264,7 +307,6 @@ __all__ = [
     "LocalProcess",
     "StepFailed",
     "StepVanished",
-    "follow_parent",
     "interpreter",
     "relay",
     "run",

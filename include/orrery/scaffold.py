@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import keyword
 import re
 import subprocess
 from pathlib import Path
@@ -15,7 +16,9 @@ from orrery import platform
 from orrery.errors import RequestError, UserError, nearest
 from orrery.runner import interpreter
 from orrery.spec import KINDS, NAME, PRIMARY
+from orrery.store import trouble
 
+TAKEN = ("rows", "derive", "view", "calendar", "pa", "pc")
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
@@ -28,15 +31,22 @@ def create(project: str, kind: str, data: dict[str, str], task: str, owner: str)
     if task not in PRIMARY:
         raise RequestError(f"unknown task {task!r}", hint=nearest(task, PRIMARY))
     for name in data:
-        if not re.fullmatch(NAME, name, flags=re.ASCII):
-            raise RequestError(f"{name!r} is not a source name", hint="a letter, then small letters, digits and _")
+        # The source's name is a function's in features.py, beside the decorators and modules that it imports.
+        if not re.fullmatch(NAME, name, flags=re.ASCII) or keyword.iskeyword(name) or name in TAKEN:
+            raise RequestError(
+                f"{name!r} is not a source name", hint="a letter, then small letters, digits and _; no word of Python"
+            )
+    # It goes into YAML, Markdown and a docstring of the Dag's file.
+    if not re.fullmatch(r"[\w .,@/&()+-]{1,100}", owner):
+        raise RequestError(f"{owner[:100]!r} is not an owner", hint="letters, digits, spaces and .,@/&()+- only")
     files = _model(project, data, task, owner) if kind == "model" else _knowledge_base(project, owner)
     there = [path for path in files if path.exists()]
     if there:
         raise RequestError(f"{there[0]} exists already", hint="choose another name, or remove it yourself")
     for path, text in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        with trouble(str(path)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
     return list(files)
 
 
@@ -47,7 +57,9 @@ def _fill(template: str, **values: str) -> str:
 def _knowledge_base(project: str, owner: str) -> dict[Path, str]:
     folder = platform.projects_folder() / project
     return {
-        folder / "spec.yaml": _fill("knowledge_base.yaml", project=project, owner=owner),
+        folder / "spec.yaml": _fill(
+            "knowledge_base.yaml", project=project, owner=json.dumps(owner, ensure_ascii=False)
+        ),
         folder / "README.md": _fill("README.md", project=project, owner=owner),
     }
 
@@ -58,7 +70,9 @@ def _model(project: str, data: dict[str, str], task: str, owner: str) -> dict[Pa
     first = next(iter(sources))
     drafted: dict[str, Any] = _draft(data) if data else {"checks": {"min_rows": 1}, "columns": {}}
     guess = _guess(drafted["checks"], drafted["columns"].get(first, {}))
-    values = {"project": project, "owner": owner, "source": first, **guess}
+    # Column names come from a data file and go into Python literals.
+    literals = {name: json.dumps(text, ensure_ascii=False)[1:-1] for name, text in guess.items()}
+    values = {"project": project, "owner": owner, "source": first, **literals}
     return {
         folder / "spec.yaml": _spec(sources, task, owner, guess["label"], drafted["checks"]),
         folder / "features.py": _fill("features.py", **values),
@@ -75,7 +89,7 @@ def _spec(sources: dict[str, str], task: str, owner: str, label: str, checks: di
         "owner": owner,
         "description": "",
         "task": task,
-        "label": {"column": re.sub(r"[^a-z0-9_]", "_", label.lower()), "delay": "1d"},
+        "label": {"column": _name(label), "delay": "1d"},
         "sources": {
             n: {"uri": f"${{data}}/{n}/{{partition}}{Path(uri).suffix or '.parquet'}", "partition": "month"}
             for n, uri in sources.items()
@@ -86,6 +100,10 @@ def _spec(sources: dict[str, str], task: str, owner: str, label: str, checks: di
     }
     head = "# The fields and what they mean: `orrery check --schema`. Bounds were drafted from data: read them.\n"
     return head + str(yaml.safe_dump(document, sort_keys=False, width=110, default_flow_style=None))
+
+
+def _name(column: str) -> str:
+    return re.sub(r"[^a-z0-9_]", "_", column.lower()).lstrip("_0123456789")[:63] or "label"
 
 
 def _guess(checks: dict[str, Any], columns: dict[str, str]) -> dict[str, str]:

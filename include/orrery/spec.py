@@ -184,10 +184,15 @@ class Bound(Frozen):
 
 
 class Disparity(Frozen):
-    """How far apart the groups of one attribute may be in the share that is flagged (or in mean error)."""
+    """How far apart the groups of one attribute may be.
+
+    `error`: in mean error (prediction less label; multiclass: the share that is wrong), so that no group is served
+    worse than another. `flagged` (binary): in the share flagged, whatever the groups' true rates are.
+    """
 
     by: Column
     max: float = Field(gt=0, description="Largest difference between two groups of at least `min_rows` rows.")
+    of: Literal["error", "flagged"] = "error"
     min_rows: int = Field(200, ge=1)
 
 
@@ -264,6 +269,12 @@ class ModelSpec(Frozen):
     def _checks_parse(self) -> ModelSpec:
         for name in self.sources:
             self.checks_of(name)
+        return self
+
+    @model_validator(mode="after")
+    def _flagged_is_binary(self) -> ModelSpec:
+        if self.task != "binary" and self.disparity is not None and self.disparity.of == "flagged":
+            raise ValueError(f"gate.disparity.of: `flagged` is for a binary task, this one is {self.task}")
         return self
 
     @property

@@ -8,6 +8,7 @@ Killed anywhere, nothing of it is visible; run twice, it changes nothing. See `c
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import json
 import os
@@ -27,7 +28,7 @@ from pydantic import ValidationError
 
 from orrery import bundle, fingerprint, log
 from orrery.contract import STATUS_OF_CODE, VERBS, Result, StepConfig, StepError, Verb
-from orrery.errors import BUG, DONE, Interrupted, OrreryError, RequestError, UserError
+from orrery.errors import BUG, DONE, INTERRUPTED, Interrupted, OrreryError, RequestError, TryAgain, UserError
 from orrery.lease import Lease
 from orrery.spec import ModelSpec, load_model
 from orrery.store import File, Manifest, Store, content_digest, trouble
@@ -186,7 +187,8 @@ class Work:
             self._lease.check()
         if not self.store.put_if_absent(manifest.path, manifest.model_dump_json(indent=1).encode()):
             winner = self.store.manifest(manifest.path)
-            assert winner is not None
+            if winner is None:
+                raise TryAgain(f"{self.store.uri}/{manifest.path}: somebody's commit came first and is gone again")
             self.log.warning("another attempt has committed this output first; its result stands", other=winner.attempt)
             return winner
         return manifest
@@ -231,6 +233,7 @@ def execute(config: StepConfig, store: Store, scratch: Path, seconds: dict[str, 
     seconds["import"] = time.monotonic() - began
     if verb.effect:
         result = run(work, params)
+        result.drop_not_finite()
         seconds["work"] = time.monotonic() - began - seconds["import"]
         return result
     slot = config.address or f"at-{config.key}"
@@ -241,6 +244,7 @@ def execute(config: StepConfig, store: Store, scratch: Path, seconds: dict[str, 
             return _again(work, found)
         began = time.monotonic()
         result = run(work, params)
+        result.drop_not_finite()
         seconds["work"] = time.monotonic() - began
         began = time.monotonic()
         found = work.committed()
@@ -275,7 +279,6 @@ def main(argv: list[str], started: float) -> int:
     parser.add_argument("--result", required=True, metavar="URI", help="where the result document goes")
     args = parser.parse_args(argv)
     log.configure()
-    signal.signal(signal.SIGTERM, _on_sigterm)
     return attempt(args.config, args.result, started)
 
 
@@ -286,41 +289,51 @@ def _on_sigterm(signum: int, frame: object) -> None:
 
 def attempt(config_uri: str, result_uri: str, started: float) -> int:
     """Run the attempt that a config document describes; write the result document; return the exit code."""
-    logger = log.get()
     seconds: dict[str, float] = {"start": time.time() - started}
-    scratch = Path(tempfile.mkdtemp(prefix="orrery-"))
-    code, result = BUG, Result(status="bug")
     try:
-        config = _read_config(config_uri)
-        store = Store(config.store)
-        result = execute(config, store, scratch, seconds)
-        code = DONE
-        _say(config, result)
-    except OrreryError as e:
-        code = e.exit_code
-        result = failed(e)
-        logger.error(str(e))
-    except KeyboardInterrupt:
-        code, result = 143, failed(Interrupted("interrupted from the keyboard"))
-    except MemoryError as e:
-        result = failed(e)
-        logger.error("out of memory", exc_info=True)
-    except Exception as e:
-        result = failed(e)
-        logger.error(f"{type(e).__name__}: {e}", exc_info=True)
+        signal.signal(signal.SIGTERM, _on_sigterm)
+        code, result = _guarded(config_uri, seconds)
+    except Interrupted as e:  # told to stop outside of the work: while it was set up, or an error was being told
+        code, result = e.exit_code, failed(e)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the result is being written; the end is near anyway
-        shutil.rmtree(scratch, ignore_errors=True)
     seconds["total"] = time.time() - started
     result.seconds = {k: round(v, 4) for k, v in seconds.items()}
     try:
         root, _, name = result_uri.rpartition("/")
         Store(root).put(name, result.model_dump_json(indent=1).encode())
     except Exception as e:  # the result cannot be told; the exit code and the log still are
-        logger.error(f"the result could not be written to {result_uri}: {e}")
+        log.get().error(f"the result could not be written to {result_uri}: {e}")
         code = code or getattr(e, "exit_code", BUG)
     sys.stdout.flush()
     return code
+
+
+def _guarded(config_uri: str, seconds: dict[str, float]) -> tuple[int, Result]:
+    """Do the work, whatever happens; return the exit code and the result document."""
+    logger, scratch = log.get(), None
+    try:
+        with trouble(tempfile.gettempdir()):
+            scratch = Path(tempfile.mkdtemp(prefix="orrery-"))
+        config = _read_config(config_uri)
+        result = execute(config, Store(config.store), scratch, seconds)
+        _say(config, result)
+        return DONE, result
+    except OrreryError as e:
+        logger.error(str(e))
+        return e.exit_code, failed(e)
+    except KeyboardInterrupt:
+        return INTERRUPTED, failed(Interrupted("interrupted from the keyboard"))
+    except (Exception, SystemExit) as e:
+        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+            full = TryAgain(f"no space left: {e}", hint="free some space; nothing was committed")
+            logger.error(str(full))
+            return full.exit_code, failed(full)
+        logger.error(f"{type(e).__name__}: {e}", exc_info=True)
+        return BUG, failed(e)
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def failed(error: BaseException) -> Result:

@@ -117,15 +117,20 @@ class Store:
                 f"store {self.uri!r} cannot be used: {e}", hint="a folder (file://…) or s3://bucket/…"
             ) from None
         self.root = root.rstrip("/")
-        protocol = self.fs.protocol if isinstance(self.fs.protocol, str) else self.fs.protocol[0]
-        self.is_local = protocol in ("file", "local")
+        protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else set(self.fs.protocol)
+        self.is_local = bool(protocols & {"file", "local"})
+        if not self.is_local and "s3" not in protocols:
+            raise UserError(
+                f"store {self.uri!r}: {min(protocols)} cannot put a file only when it is not there",
+                hint="a folder (file://…) or s3://bucket/…",
+            )
 
     # -- plain files ---------------------------------------------------------------------------
 
     def full(self, path: str) -> str:
         """Return the filesystem's own path. Raises `RequestError` for a path that could leave the root."""
         parts = path.split("/")
-        if not all(SEGMENT.match(p) and p not in (".", "..") for p in parts):
+        if not all(SEGMENT.fullmatch(p) for p in parts):
             raise RequestError(f"{path!r} is not a path of the store")
         return f"{self.root}/{path}"
 
@@ -163,7 +168,7 @@ class Store:
     def put(self, path: str, data: bytes) -> None:
         """Write a file whole, over what was there. A reader sees the old or the new, never a part."""
         full = self.full(path)
-        with self._trouble(path):
+        with self._trouble(path), self._home(path):
             if self.is_local:
                 temporary = self._write_beside(full, data)
                 os.replace(temporary, full)
@@ -176,7 +181,7 @@ class Store:
         Local: a hard link of a synced file, which fails when the name exists. S3: `If-None-Match: *`.
         """
         full = self.full(path)
-        with self._trouble(path):
+        with self._trouble(path), self._home(path):
             if self.is_local:
                 temporary = self._write_beside(full, data)
                 try:
@@ -192,11 +197,10 @@ class Store:
             except FileExistsError:
                 return False
             except OSError as e:
-                if (
-                    "PreconditionFailed" in str(e)
-                    or "pre-conditions" in str(e)
-                    or "ConditionalRequestConflict" in str(e)
-                ):
+                if "PreconditionFailed" in str(e) or "pre-conditions" in str(e):
+                    return False
+                # Two writers at the same moment: S3 may have refused both, so look who is there.
+                if "ConditionalRequestConflict" in str(e) and self.exists(path):
                     return False
                 raise
             return True
@@ -229,19 +233,23 @@ class Store:
             while chunk := f.read(CHUNK):
                 h.update(chunk)
         full = self.full(path)
-        with self._trouble(path):
+        with self._trouble(path), self._home(path):
             if self.is_local:
                 if os.path.abspath(full) != os.path.abspath(source):
                     os.makedirs(os.path.dirname(full), exist_ok=True)
                     shutil.copyfile(source, full)
                 with open(full, "rb") as f:
                     os.fsync(f.fileno())
+                _sync_folder(Path(full).parent)
             else:
                 self.fs.put_file(str(source), full)
         return File(path=path, size=source.stat().st_size, sha256=h.hexdigest())
 
     def _write_beside(self, full: str, data: bytes) -> str:
-        os.makedirs(os.path.dirname(full), exist_ok=True)
+        try:
+            os.makedirs(os.path.dirname(full), exist_ok=True)
+        except FileExistsError:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
         temporary = f"{os.path.dirname(full)}/.{os.path.basename(full)[:150]}.{secrets.token_hex(6)}"
         try:
             with open(temporary, "xb") as f:
@@ -258,6 +266,16 @@ class Store:
     def _trouble(self, path: str) -> Iterator[None]:
         with trouble(f"{self.uri}/{path}"):
             yield
+
+    @contextlib.contextmanager
+    def _home(self, path: str) -> Iterator[None]:
+        """A bucket that is not there is found out when something is put into it."""
+        try:
+            yield
+        except FileNotFoundError as e:
+            if self.is_local:
+                raise
+            raise UserError(f"{self.uri}/{path}: {e.strerror or e}", hint="make the bucket first") from None
 
     # -- manifests and pointers ----------------------------------------------------------------
 
@@ -300,13 +318,22 @@ class Store:
         """Return every version of one partition, oldest first."""
         folder = f"{project}/datasets/{dataset}/{key}"
         names = [n for n in self.names(folder) if re.fullmatch(r"\d{6}\.json", n)]
-        return [Pointer.model_validate_json(self.read(f"{folder}/{n}")) for n in names]
+        return [self._pointer(f"{folder}/{n}") for n in names]
 
     def latest(self, project: str, dataset: str, key: str) -> Pointer | None:
         """Return the version of one partition that counts, or None."""
         folder = f"{project}/datasets/{dataset}/{key}"
         names = [n for n in self.names(folder) if re.fullmatch(r"\d{6}\.json", n)]
-        return Pointer.model_validate_json(self.read(f"{folder}/{names[-1]}")) if names else None
+        return self._pointer(f"{folder}/{names[-1]}") if names else None
+
+    def _pointer(self, path: str) -> Pointer:
+        try:
+            return Pointer.model_validate_json(self.read(path))
+        except ValidationError:
+            raise UserError(
+                f"{self.uri}/{path} does not name a manifest",
+                hint="it was damaged or edited: delete it, and run the step that publishes this partition again",
+            ) from None
 
     def latest_manifest(self, project: str, dataset: str, key: str) -> Manifest | None:
         """Return the manifest that is one partition now, or None."""

@@ -170,9 +170,9 @@ def _real(data: Any, loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
     real: list[str | int] = []
     here: Any = data
     for part in loc:
-        if (isinstance(here, dict) and part in here) or (
-            isinstance(here, (list, tuple)) and isinstance(part, int) and part < len(here)
-        ):
+        in_mapping = isinstance(here, dict) and part in here
+        in_list = isinstance(here, (list, tuple)) and isinstance(part, int) and part < len(here)
+        if in_mapping or in_list:
             real.append(part)
             here = here[part]
     return tuple(real)

@@ -56,7 +56,12 @@ def run(folder: Path) -> list[dict[str, object]]:
         project = folder / "projects" / f"p{i:03d}"
         project.mkdir(parents=True)
         (project / "spec.yaml").write_text(spec)
-    env = {**os.environ, "AIRFLOW_HOME": str(folder), "ORRERY_HOME": str(ROOT), "ORRERY_PROJECTS": str(folder / "projects")}
+    env = {
+        **os.environ,
+        "AIRFLOW_HOME": str(folder),
+        "ORRERY_HOME": str(ROOT),
+        "ORRERY_PROJECTS": str(folder / "projects"),
+    }
     env |= {"PYTHONWARNINGS": "ignore", "AIRFLOW__LOGGING__LOGGING_LEVEL": "ERROR"}
     (folder / "yaml").mkdir()
     for i in range(N):
@@ -91,7 +96,13 @@ def factory_config(project: str) -> dict:
     features = {"__type__": "airflow.sdk.Asset", "name": f"{project}/features", "uri": f"x-orrery://{project}/features"}
     # dag-factory cannot key a mapping by an asset, so its training Dag has the plain partitioned timetable.
     partitioned = {"__type__": "airflow.sdk.PartitionedAssetTimetable", "assets": features}
-    cron = {"__type__": "airflow.sdk.CronPartitionTimetable", "cron": "0 6 2 * *", "timezone": "UTC", "run_offset": -1, "key_format": "%Y-%m"}
+    cron = {
+        "__type__": "airflow.sdk.CronPartitionTimetable",
+        "cron": "0 6 2 * *",
+        "timezone": "UTC",
+        "run_offset": -1,
+        "key_format": "%Y-%m",
+    }
     return {
         "default": {
             "default_args": {"owner": "ops-ml", "retries": 3, "retry_delay": {"__type__": "datetime.timedelta", "seconds": 20},
@@ -123,7 +134,13 @@ def dag(project: str, schedule: dict, verbs: list[str], *, window: bool) -> dict
     names = list(dict.fromkeys(t["task_group_name"] for t in tasks if "task_group_name" in t))
     params = {"reason": "", "force": False, "dry_run": False, "window" if window else "partition": None}
     typed = {
-        name: {"__type__": "airflow.sdk.Param", "default": value, "type": ["null", "string", "boolean"], "title": name.title(), "description": "A text."}
+        name: {
+            "__type__": "airflow.sdk.Param",
+            "default": value,
+            "type": ["null", "string", "boolean"],
+            "title": name.title(),
+            "description": "A text.",
+        }
         for name, value in params.items()
     }
     out: dict = {"schedule": schedule, "params": typed, "tasks": tasks}

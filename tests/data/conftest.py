@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from s3 import s3_bucket, s3_endpoint  # noqa: E402, F401 (fixtures)
+from s3 import s3_bucket, s3_endpoint  # noqa: F401 (fixtures)
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = "shop"

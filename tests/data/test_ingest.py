@@ -67,7 +67,11 @@ def test_a_missing_folder_names_what_is_above(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(b"", "is empty: 0 bytes"), (b"PAR1 not really", "cannot be read as parquet"), ("half", "cannot be read as parquet")],
+    [
+        (b"", "is empty: 0 bytes"),
+        (b"PAR1 not really", "cannot be read as parquet"),
+        ("half", "cannot be read as parquet"),
+    ],
 )
 def test_a_broken_file_is_named(house, content, said):
     path = house.upstream / "orders" / "2024-01.parquet"
@@ -194,7 +198,9 @@ def test_csv_with_a_ragged_line_is_named(house):
 def database(house, monkeypatch) -> Path:
     path = house.folder / "orders.db"
     with sqlite3.connect(path) as db:
-        db.execute("create table orders (id integer primary key, placed timestamp, amount numeric(8, 2), \"odd name\" text)")
+        db.execute(
+            'create table orders (id integer primary key, placed timestamp, amount numeric(8, 2), "odd name" text)'
+        )
         start = datetime(2023, 12, 31, 22)
         rows = [(i, str(start + timedelta(hours=i)), i / 4, f"n{i}" if i % 3 else None) for i in range(800)]
         db.executemany("insert into orders values (?, ?, ?, ?)", reversed(rows))
@@ -228,8 +234,10 @@ def test_a_table_or_column_that_is_not_there(house, database):
 
 
 def test_a_time_column_that_tells_no_time(house, database):
-    house.write_spec(sources=dict(house.spec["sources"], orders={**house.spec["sources"]["orders"], "time_column": "id"}))
-    with pytest.raises(DataError, match="orders.id has type INTEGER"):
+    house.write_spec(
+        sources=dict(house.spec["sources"], orders={**house.spec["sources"]["orders"], "time_column": "id"})
+    )
+    with pytest.raises(DataError, match=r"orders\.id has type INTEGER"):
         house.run("ingest")
 
 

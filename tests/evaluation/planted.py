@@ -57,7 +57,7 @@ def rows(n: int = 4000, seed: int = 0, start: datetime = START) -> dict[str, Any
 
 def linear(weights: Mapping[str, float], *, categories: Sequence[str] = (), bias: float = 0.0, task: str = "binary",
            classes: Sequence[str] = (), ends_early: bool = False) -> tuple[bytes, Schema]:  # fmt: skip
-    """Return a graph prediction = sigmoid(numeric · weights + bias), missing values as 0, and its schema.
+    """Return a graph sigmoid(numeric · weights + bias), NaN where a number is missing, and its schema.
 
     regression: no sigmoid. multiclass: the score of class i is i times the sum. `ends_early` leaves out the sigmoid.
     """

@@ -147,4 +147,4 @@ def test_a_candidate_and_its_champion_never_both_beat_each_other(other: float, d
     back = Versus(other, other + delta, -delta, -delta - width, -delta + width)
     verdicts = [decide(rules(), numbers(champion="w", versus_champion=v)).verdict for v in (there, back)]
     assert verdicts != ["promote", "promote"]
-    assert (verdicts[0] == "promote") == (delta - width > 0)
+    assert (verdicts[0] == "promote") == (delta - width > 0 and other + delta > other)

@@ -139,7 +139,7 @@ def test_addresses_of_servers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_server_that_cannot_be_reached_is_worth_another_attempt(defined: Definitions, tmp_path: Path) -> None:
-    home = Home("tiny", str(tmp_path / "feast"), "redis://:secret@127.0.0.1:1/0")
+    home = Home("tiny", str(tmp_path / "feast"), "postgresql://feast:secret@127.0.0.1:1/features")
     with pytest.raises(TryAgain) as error:
         push(defined, known(defined, weather(("JFK", 9, 10, 9.0))), home)
     assert "secret" not in str(error.value)

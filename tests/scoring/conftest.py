@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def expected() -> Callable[[str, pa.Table], np.ndarray]:  # type: ignore[type-ar
     """What ONNX Runtime says when it is asked directly, in one call, inputs encoded by hand."""
 
     def predict(name: str, table: pa.Table) -> np.ndarray:  # type: ignore[type-arg]
+        os.environ["ORT_DISABLE_TELEMETRY"] = "1"
         import onnxruntime
 
         model = onnxruntime.InferenceSession(FIXTURES / f"{name}.onnx", providers=["CPUExecutionProvider"])

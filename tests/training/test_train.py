@@ -136,6 +136,12 @@ MISTAKES = [
     (MADE, "return Net(schema, params, nope)", SpecError, r"build failed \(line \d+\): NameError"),
     (MADE, "return 3", SpecError, "build returned int, not a torch nn.Module"),
     ("cat([numeric,", "cat([numeric, numeric,", SpecError, r"forward fails on numeric \[2, 4\], categorical \[2, 1\]"),
+    (
+        "out = self",
+        "if numeric.sum() > 0: numeric = -numeric\n        out = self",
+        SpecError,
+        "cannot be exported to ONNX",
+    ),
     ("out = self.layers", "out = float('nan') * self.layers", UserError, "the loss is not a number in epoch 1"),
 ]
 
@@ -179,6 +185,8 @@ def test_told_to_stop_it_stops_commits_nothing_and_leaves_no_process(shared: Ben
         rest = process.stdout.read()  # ends when the last process that holds the pipe has ended
         assert process.wait(60) == 143, "".join(lines) + rest
     finally:
+        if process.stdout is not None:
+            process.stdout.close()
         try:
             os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:

@@ -8,12 +8,14 @@ import pytest
 
 from orrery.errors import SpecError
 from orrery.training import tunable
+from orrery.training.inspection import inspect_model
 from orrery.training.settings import Settings, from_params
-from orrery.training.user_model import inspect_model, load, values
+from orrery.training.user_model import load, values
 
 PARAMS = """
 from pydantic import BaseModel
 from orrery.training import tunable
+from orrery.training.inspection import inspect_model
 class Params(BaseModel):
     dim: int = tunable(16, low=8, high=64)
     kind: str = tunable("a", choices=["a", "b"])

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -93,10 +94,14 @@ class Runner:
 
     def __init__(self) -> None:
         self.gx: Any = load()
-        self.context = self.gx.get_context(mode="ephemeral")
-        from great_expectations.data_context.types.base import ProgressBarsConfig
+        from great_expectations.data_context.types import base
 
-        self.context.variables.progress_bars = ProgressBarsConfig(globally=False)
+        config = base.DataContextConfig(
+            store_backend_defaults=base.InMemoryStoreBackendDefaults(init_temp_docs_sites=False),
+            progress_bars=base.ProgressBarsConfig(globally=False),
+            analytics_enabled=False,
+        )
+        self.context = self.gx.get_context(mode="ephemeral", project_config=config)
         self._sources = self.context.data_sources.add_pandas("orrery")
 
     def run(self, source: str, table: pa.Table, rules: Sequence[Rule], raw: Sequence[RawExpectation]) -> Run:
@@ -145,7 +150,11 @@ def _series(column: pa.ChunkedArray, typed: bool) -> Any:
     elif pa.types.is_timestamp(kind):
         column = pc.cast(column, pa.timestamp(kind.unit))
     exact = pa.types.is_integer(kind) and column.null_count > 0 and (typed or _large(column))
-    return column.to_pandas(integer_object_nulls=exact, date_as_object=False)
+    series = column.to_pandas(integer_object_nulls=exact, date_as_object=False)
+    if pa.types.is_boolean(kind) and column.null_count:
+        # Python's True is an integer to isinstance, numpy's is not.
+        return series.map(np.bool_, na_action="ignore")
+    return series
 
 
 def _large(column: pa.ChunkedArray) -> bool:
@@ -200,7 +209,8 @@ def _found(result: Any) -> str:
         return f"it could not be run: {trouble}"
     said = result.result
     if "observed_value" in said:
-        return f"observed {said['observed_value']!r:.200}"
+        observed = said["observed_value"]
+        return f"observed {observed.item() if isinstance(observed, np.generic) else observed!r:.200}"
     if "unexpected_count" in said:
         values = ", ".join(f"{v!r:.60}" for v in said.get("partial_unexpected_list", [])[:SHOWN])
         return f"{said['unexpected_count']:,} of {said['element_count']:,} rows break it, such as {values}".rstrip(" ,")

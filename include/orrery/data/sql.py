@@ -80,7 +80,9 @@ def _hidden(url: sa.URL, table: str) -> Iterator[None]:
     except OrreryError:
         raise
     except (ValueError, TypeError) as e:  # a value that the driver cannot read as its column's declared type
-        raise DataError(f"{where}: {_scrub(str(e), url)}", hint="correct the value, or leave it out by a view") from None
+        raise DataError(
+            f"{where}: {_scrub(str(e), url)}", hint="correct the value, or leave it out by a view"
+        ) from None
     except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as e:
         said = _scrub(str(getattr(e, "orig", None) or e), url)
         if REFUSED.search(said):

@@ -172,7 +172,7 @@ def _disparity(work: Work, rows: Holdout, p: Array) -> dict[str, Any] | None:
     if wanted is None:
         return None
     values, place = holdout.groups(rows.table, wanted.by)
-    return {"by": wanted.by, **slices.disparity(values, place, rows.y, p, work.spec.task, wanted.min_rows)}
+    return {"by": wanted.by, **slices.disparity(values, place, rows.y, p, work.spec.task, wanted)}
 
 
 def _predictions_table(rows: Holdout, predictions: Predictions) -> pa.Table:

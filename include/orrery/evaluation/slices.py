@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from orrery.evaluation import metrics
 from orrery.evaluation.metrics import Array, Task
+from orrery.spec import Disparity
 
 MAX_VALUES = 50
 MIN_ROWS = 200
@@ -41,15 +42,16 @@ def of_column(
 
 
 def disparity(
-    values: list[str], place: npt.NDArray[np.int64], y: npt.NDArray[Any], p: Array, task: Task, min_rows: int
+    values: list[str], place: npt.NDArray[np.int64], y: npt.NDArray[Any], p: Array, task: Task, rule: Disparity
 ) -> dict[str, Any]:
-    """Return each group's share and the largest difference between two groups of at least `min_rows` rows.
+    """Return each group's figure and the largest difference between two groups of at least `rule.min_rows` rows.
 
-    Binary: the share flagged, at the threshold that flags as many rows as are positive (Feldman et al. 2015
-    compare these shares between groups). Regression: the mean error. Multiclass: the share that is wrong. The
-    difference is None with fewer than two such groups.
+    `error`: the mean of prediction less label (multiclass: the share that is wrong). `flagged`: the share flagged,
+    at the threshold that flags as many rows as are positive (Feldman et al. 2015 compare these shares between
+    groups). The difference is None with fewer than two such groups.
     """
-    per_row, what = _outcome(y, p, task)
+    min_rows = rule.min_rows
+    per_row, what = _outcome(y, p, task, rule.of)
     shares = {
         value: float(per_row[place == number].mean())
         for number, value in enumerate(values)
@@ -59,8 +61,8 @@ def disparity(
     return {"what": what, "min_rows": min_rows, "groups": shares, "difference": difference}
 
 
-def _outcome(y: npt.NDArray[Any], p: Array, task: Task) -> tuple[npt.NDArray[Any], str]:
-    if task == "binary":
+def _outcome(y: npt.NDArray[Any], p: Array, task: Task, of: str) -> tuple[npt.NDArray[Any], str]:
+    if task == "binary" and of == "flagged":
         flagged = max(1, round(float(y.sum())))
         threshold = np.sort(p)[::-1][flagged - 1]
         return p >= threshold, "share flagged"

@@ -171,8 +171,8 @@ def _exactly(rows: pa.Table) -> list[pa.Table]:
     parts = [rows] if rows.num_rows else []
     for field in rows.schema:
         if pa.types.is_int64(field.type) and rows[field.name].null_count:
-            largest = pc.max(pc.abs(pc.cast(rows[field.name], pa.float64()))).as_py() or 0
-            if largest > EXACT:
+            ends = pc.min_max(rows[field.name]).as_py()
+            if max(abs(ends["min"] or 0), abs(ends["max"] or 0)) > EXACT:
                 halves = [(p.filter(pc.is_null(p[field.name])), p.filter(pc.is_valid(p[field.name]))) for p in parts]
                 parts = [half for pair in halves for half in pair if half.num_rows]
     return parts

@@ -7,6 +7,7 @@ the rest is PyTorch, which nothing here needs. Both are left out while it import
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 import warnings
 from collections.abc import Iterator
@@ -35,14 +36,13 @@ def quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def _unchecked() -> Iterator[None]:
     """Make typeguard's decorator do what it does under `python -O`: nothing."""
-    import typeguard
-
+    typeguard: Any = importlib.import_module("typeguard")
     checked = typeguard.typechecked
 
     def unchecked(target: Any = None, **options: Any) -> Any:
         return (lambda f: f) if target is None else target
 
-    typeguard.typechecked = unchecked  # type: ignore[assignment]
+    typeguard.typechecked = unchecked
     try:
         yield
     finally:

@@ -250,7 +250,7 @@ def _check_alone(each: Derive, few: pa.Table, expected: pa.Table) -> None:
 def _alike(a: pa.ChunkedArray, b: pa.ChunkedArray) -> bool:
     """Tell whether two columns are equal; vectorised numbers may differ in their last bits with the length."""
     if a.type != b.type:  # a row alone may have nothing but nulls, which have no type of their own
-        return a.null_count == len(a) and b.null_count == len(b)
+        return bool(a.null_count == len(a) and b.null_count == len(b))
     if not pa.types.is_float64(a.type):
         return bool(a.equals(b))
     close = pc.less_equal(pc.abs(pc.subtract(a, b)), pc.add(1e-12, pc.multiply(1e-9, pc.abs(a))))

@@ -132,7 +132,7 @@ def as_batch(index: int, work: Any) -> pa.RecordBatch:
 def score_part(job: Job, item: Item) -> Part:
     """Score the rows of one part and write them to a file of this try's own; nobody sees it before the commit."""
     store, schema = Store(job.store), job.schema
-    model = _model(job.store, job.model, job.model_sha256)
+    model = open_model(job.store, job.model, job.model_sha256)
     source = open_parquet(store, job.features)
     columns = [KEY, PREDICTION_TIME, *schema.columns]
     tables, unknown, not_finite, read = [], Unknown(schema), 0, 0
@@ -170,8 +170,10 @@ def open_parquet(store: Store, path: str) -> pq.ParquetFile:
 
 
 @lru_cache(maxsize=1)
-def _model(store: str, path: str, sha256: str) -> Any:
+def open_model(store: str, path: str, sha256: str) -> Any:
     """Load the model, once per worker process (Spark runs one task per core, so one thread each)."""
+    # Its Linux build reports to its maker over the network unless told not to, before it is imported.
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     import onnxruntime
 
     try:

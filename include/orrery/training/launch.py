@@ -2,7 +2,8 @@
 
 torchrun's command line would be one more Python that imports torch (2-3 s) only to start others. Its agent is
 the same when called here, and on Linux the workers are forked from this process, which has imported torch
-already because model.py does: no process imports it twice. Nothing computes here before the fork.
+already because model.py does: no process imports it twice. torch computes nothing here before the fork (threads
+of its own would not survive it).
 """
 
 from __future__ import annotations

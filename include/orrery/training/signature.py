@@ -12,6 +12,7 @@ from orrery.errors import SpecError
 from orrery.training import Dataset
 from orrery.training.schema import Schema
 
+SUM_TOLERANCE = 1e-3  # what float32 sums over thousands of classes may be off
 TYPES = {"numeric": "tensor(float)", "categorical": "tensor(int64)", "prediction": "tensor(float)"}
 
 
@@ -74,6 +75,8 @@ def predict(model: bytes, data: Dataset, what: str) -> npt.NDArray[np.float32]:
         raise SpecError(f"{what}: {int((~np.isfinite(found)).sum()):,} predictions on the tune part are not finite")
     if data.schema.task != "regression" and (found.min() < 0 or found.max() > 1):
         raise SpecError(f"{what}: prediction is a probability, found {found.min():g} to {found.max():g}")
+    if data.schema.task == "multiclass" and np.abs(found.sum(axis=1) - 1).max() > SUM_TOLERANCE:
+        raise SpecError(f"{what}: the probabilities of a row's classes do not add up to 1")
     return np.asarray(found, dtype=np.float32)
 
 

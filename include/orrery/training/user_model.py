@@ -103,14 +103,3 @@ def fitted(model: UserModel, train: Dataset, valid: Dataset, params: BaseModel) 
             hint="its to_onnx() gives bytes or an onnx.ModelProto (see orrery.training.OnnxExportable)",
         )
     return made.to_onnx()
-
-
-def inspect_model(folder: Path, project: str) -> dict[str, Any]:
-    """Return what `orrery check` shows: {"kind", "params": {name: {"default", "tunable"}}}. Raises `SpecError`."""
-    model = load(folder, project)
-    params = {}
-    for name, field in model.params.model_fields.items():
-        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-        default = None if field.is_required() else field.get_default(call_default_factory=True)
-        params[name] = {"default": default, "tunable": extra.get("tunable")}
-    return {"kind": model.kind, "params": params}

@@ -1,0 +1,338 @@
+"""How fast `score` is, against the ways in which Spark calls Python, and against ONNX Runtime with no Spark at all.
+
+    .venvs/spark/bin/python tests/benchmarks/bench_spark.py
+
+A million rows like the flights', the real flight model (weights not trained, exported in the ml environment), two
+local cores. All jobs run in one Spark session with Spark's own JVM compiler settings, do the whole job (Parquet in,
+Parquet out), cache their ONNX session per worker, are warmed first, and must agree on every prediction. The udfs get
+a tenth of the rows, since they would take minutes; what is compared is rows per second.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from orrery.contract import StepConfig
+from orrery.data.tables import write_parquet
+from orrery.scoring import parts, session
+from orrery.step import execute
+from orrery.store import File, Manifest, Store, content_digest
+from orrery.training.schema import Schema
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+ML = Path(os.environ.get("ORRERY_VENVS", ROOT / ".venvs")) / "ml" / "bin" / "python"
+ROWS, FEW, WARM = 1_000_000, 100_000, 4_000
+CORES, ROUNDS = 2, 3
+VIEWS = {
+    "weather": ("humid", "wind_speed", "wind_gust", "precip", "visib", "pressure"),
+    "origin_departures": ("overdue_1h", "overdue_3h", "overdue_24h", "very_overdue_3h", "delay_3h"),
+    "origin_arrivals": ("delay_3h", "delay_24h", "lost_3h"),
+    "carrier_here": ("overdue_3h", "overdue_24h", "delay_3h"),
+    "destination": ("delay_3h", "delay_24h", "overdue_3h"),
+    "route": ("delay_24h", "delay_336h"),
+}
+OWN = ("distance", "departure_minute", "arrival_minute", "departure_sin", "departure_cos")
+JOINED = tuple(f"{view}__{column}" for view, columns in VIEWS.items() for column in columns)
+NUMERIC = (*OWN, *JOINED)
+SIZES = {"carrier": 16, "departure_hour": 20, "dest": 104, "origin": 3, "weekday": 7}
+SCHEMA = Schema(
+    task="binary",
+    numeric_columns=NUMERIC,
+    vocabularies={name: tuple(f"{name}{i:03d}" for i in range(size)) for name, size in SIZES.items()},
+    missing=JOINED,
+)
+# The Spark session that rivals know: the JVM's second compiler and compiled queries (`score` does without them).
+CONF = {
+    "spark.sql.codegen.wholeStage": "true",
+    "spark.sql.codegen.factoryMode": "FALLBACK",
+    "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=4",
+    "spark.driver.memory": "3g",
+}
+# Run in the ml environment: argv = schema.json, model.onnx, the project's folder.
+EXPORT = """
+from pathlib import Path
+import numpy as np
+import torch
+from orrery.bundle import load_module
+from orrery.training import Dataset
+from orrery.training.export import to_onnx
+from orrery.training.network import Head, Inputs, Network
+from orrery.training.schema import Schema
+schema = Schema.model_validate_json(Path(sys.argv[1]).read_text())
+model = load_module(Path(sys.argv[3]), "flight_delay", "model")
+torch.manual_seed(0)
+module = model.build(schema, model.Params())
+width = len(schema.numeric_columns)
+network = Network(schema, Inputs(schema, np.zeros(width), np.ones(width)), module, Head("binary"))
+rows = np.random.default_rng(0)
+few = Dataset(
+    rows.normal(size=(64, width)).astype(np.float32),
+    np.stack([rows.integers(0, n, 64) for n in schema.categorical.values()], axis=1),
+    np.zeros(64, np.float32),
+    schema,
+)
+Path(sys.argv[2]).write_bytes(to_onnx(network, few))
+"""
+
+
+def rows_like_flights(rows: int) -> pa.Table:
+    """27 numbers, most of them with some nulls, and five categories."""
+    random = np.random.default_rng(0)
+    start = np.datetime64("2013-03-01T00:00", "us")
+    columns: dict[str, Any] = {
+        "key": pa.array([f"2013-03-01-UA-{i:08d}-EWR" for i in range(rows)]),
+        "prediction_time": pa.array(start + np.arange(rows) * np.timedelta64(1, "s"), pa.timestamp("us", tz="UTC")),
+    }
+    for name in NUMERIC:
+        mask = random.random(rows) < 0.03 if name in SCHEMA.missing else None
+        columns[name] = pa.array(random.normal(size=rows), mask=mask)
+    for name, values in SCHEMA.vocabularies.items():
+        ids = pa.array(random.integers(0, len(values), rows).astype(np.int32))
+        columns[name] = pa.DictionaryArray.from_arrays(ids, pa.array(values)).cast(pa.string())
+    return pa.table(columns)
+
+
+# What `parts.open_model` takes, and keeps for the life of a worker: store, path, digest.
+Model = tuple[str, str, str]
+
+
+class Bench:
+    """A store with the features and the model committed, and the jobs to compare."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.store = folder, Store(f"file://{folder}/store")
+        table = rows_like_flights(ROWS)
+        self.whole, self.few, self.warm = (folder / f"{n}.parquet" for n in ("whole", "few", "warm"))
+        write_parquet(table, self.whole)
+        pq.write_table(table.slice(0, FEW), self.few, compression="zstd", row_group_size=FEW // 8)
+        write_parquet(table.slice(0, WARM), self.warm)
+        schema, model = folder / "schema.json", folder / "model.onnx"
+        schema.write_text(SCHEMA.model_dump_json())
+        project = ROOT / "include" / "projects" / "flight_delay"
+        subprocess.run([ML, "-c", EXPORT, schema, model, project], check=True)
+        candidate = self._commit("train", {"model.onnx": model, "schema.json": schema})
+        self.model: Model = (self.store.uri, candidate.uri("model.onnx"), candidate.files["model.onnx"].sha256)
+        features = self._commit("materialize", {"features.parquet": self.whole})
+        self.inputs = {"features": (features.ref,), "model": (candidate.ref,)}
+        self.runs = 0
+
+    def _commit(self, verb: str, files: dict[str, Path]) -> Manifest:
+        done = {}
+        for name, path in files.items():
+            file = self.store.upload(path, f"flights/{verb}/x/a/{name}")
+            done[name] = File(path=f"a/{name}", size=file.size, sha256=file.sha256)
+        made = Manifest(
+            project="flights", verb=verb, key="2013-03", address="x", digest=content_digest(done), files=done
+        )
+        self.store.put(made.path, made.model_dump_json().encode())
+        return made
+
+    def score(self) -> Path:
+        """The whole step: read, encode, predict, write, read back, reconcile, commit. Returns the scores' folder."""
+        self.runs += 1
+        values = {
+            "project": "flights", "verb": "score", "key": "2013-03", "partitions": ("2013-03",),
+            "params": {"model_version": "7", "spark_master": f"local[{CORES}]"}, "inputs": self.inputs,
+            "store": self.store.uri, "bundle": "0" * 64, "address": f"{self.runs:032d}", "run": "r", "task": "score",
+            "folder": f"flights/runs/r/score/{self.runs}",
+        }  # fmt: skip
+        scratch = self.folder / f"scratch{self.runs}"
+        scratch.mkdir()
+        result = execute(StepConfig.model_validate(values), self.store, scratch, {})
+        assert result.metrics["rows"] == ROWS
+        assert result.output is not None
+        manifest = self.store.manifest(result.output)
+        assert manifest is not None
+        return Path(self.store.full(manifest.uri("part-00000.parquet"))).parent
+
+    def spark_job(self, spark: Any, source: Path, add: Callable[[Any], Any]) -> Path:
+        """Parquet in, a `prediction` column added by `add`, Parquet out: the job that the udfs do."""
+        from pyspark.sql import functions as f
+
+        target = self.folder / "out"
+        shutil.rmtree(target, ignore_errors=True)
+        frame = add(spark.read.parquet(str(source))).withColumn("model_version", f.lit("7"))
+        frame.select("key", "prediction_time", "prediction", "model_version").write.parquet(str(target))
+        return target
+
+
+# -- the rivals --------------------------------------------------------------------------------------
+
+
+def row_udf(model: Model, *, arrow: bool) -> Callable[[Any], Any]:
+    """A plain Python udf, called row by row; `arrow` is how Spark carries the values, not how it calls."""
+    from pyspark.sql import functions as f
+
+    names = list(SCHEMA.vocabularies)
+    ids = {n: {v: i + 1 for i, v in enumerate(values)} for n, values in SCHEMA.vocabularies.items()}
+    width = len(NUMERIC)
+
+    def predict(*values: Any) -> float:
+        numeric = np.array([[np.nan if v is None else v for v in values[:width]]], dtype=np.float32)
+        categorical = np.array([[ids[n].get(v, 0) for n, v in zip(names, values[width:], strict=True)]])
+        feed = {"numeric": numeric, "categorical": categorical}
+        return float(parts.open_model(*model).run(["prediction"], feed)[0][0])
+
+    call = f.udf(predict, "float", useArrow=arrow)
+    return lambda frame: frame.withColumn("prediction", call(*SCHEMA.columns))
+
+
+def pandas_udf(model: Model) -> Callable[[Any], Any]:
+    """A vectorised udf: 10,000 rows a call, as pandas series."""
+    import pandas as pd
+    from pyspark.sql import functions as f
+
+    def predict(*columns: pd.Series) -> pd.Series:
+        table = pa.table({n: pa.Array.from_pandas(c) for n, c in zip(SCHEMA.columns, columns, strict=True)})
+        return pd.Series(parts.predict(parts.open_model(*model), SCHEMA, table)[0])
+
+    predict.__annotations__ = {"columns": pd.Series, "return": pd.Series}
+    call = f.pandas_udf(predict, "float")
+    return lambda frame: frame.withColumn("prediction", call(*SCHEMA.columns))
+
+
+def map_in_arrow(model: Model) -> Callable[[Any], Any]:
+    """mapInArrow over the rows that Spark itself reads and writes: the design that `score` was chosen over."""
+
+    def predict(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            table = pa.Table.from_batches([batch])
+            scores = pa.array(parts.predict(parts.open_model(*model), SCHEMA, table)[0])
+            yield pa.RecordBatch.from_arrays(
+                [batch.column("key"), batch.column("prediction_time"), scores], ["key", "prediction_time", "prediction"]
+            )
+
+    return lambda frame: frame.mapInArrow(predict, "key string, prediction_time timestamp, prediction float")
+
+
+def in_memory(bench: Bench) -> float:
+    """ONNX Runtime and nothing else: a thread and a session per core, arrays encoded beforehand; seconds."""
+    numeric, ids = SCHEMA.encode(pq.read_table(bench.whole))
+    models = [parts.open_model.__wrapped__(*bench.model) for _ in range(CORES)]
+
+    def share(core: int) -> None:
+        for start in range(core * ROWS // CORES, (core + 1) * ROWS // CORES, parts.BATCH):
+            end = min(start + parts.BATCH, (core + 1) * ROWS // CORES)
+            models[core].run(["prediction"], {"numeric": numeric[start:end], "categorical": ids[start:end]})
+
+    with ThreadPoolExecutor(CORES) as pool:
+        list(pool.map(share, range(CORES)))
+        return seconds(lambda: list(pool.map(share, range(CORES))))
+
+
+def without_spark(model: Model, source: Path, target: Path, core: int) -> None:
+    """One core's share of `score`'s work in a process of its own: every other row group, Parquet in, Parquet out."""
+    session, file, tables = parts.open_model(*model), pq.ParquetFile(source, memory_map=True), []
+    for group in range(core, file.metadata.num_row_groups, CORES):
+        table = file.read_row_group(group, columns=["key", "prediction_time", *SCHEMA.columns], use_threads=False)
+        prediction = pa.array(parts.predict(session, SCHEMA, table)[0])
+        tables.append(table.select(["key", "prediction_time"]).append_column("prediction", prediction))
+    target.mkdir(exist_ok=True)
+    pq.write_table(pa.concat_tables(tables), target / f"part-{core}.parquet", compression="zstd")
+
+
+def by_hand(bench: Bench) -> float:
+    """The same job as `score` by one Python process per core, started and warmed beforehand; seconds."""
+    share = partial(without_spark, bench.model, bench.whole, bench.folder / "alone")
+    with ProcessPoolExecutor(CORES, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(share, range(CORES)))
+        return seconds(lambda: list(pool.map(share, range(CORES))))
+
+
+# -- measuring ---------------------------------------------------------------------------------------
+
+
+def seconds(job: Callable[[], Any], rounds: int = ROUNDS) -> float:
+    """Median of some runs."""
+    took = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        job()
+        took.append(time.perf_counter() - began)
+    return statistics.median(took)
+
+
+def predictions(folder: Path) -> dict[str, float]:
+    """The first rows' predictions by key."""
+    table = pa.concat_tables([pq.read_table(p) for p in sorted(folder.rglob("part-*.parquet"))])
+    return dict(zip(table["key"].to_pylist(), table["prediction"].to_pylist(), strict=True))
+
+
+def agree(ours: dict[str, float], theirs: dict[str, float]) -> None:
+    """Raise unless both say the same (float32: a batch and a single row are added up in another order)."""
+    keys = sorted(theirs)
+    np.testing.assert_allclose([theirs[k] for k in keys], [ours[k] for k in keys], atol=2e-6)
+
+
+def run() -> list[dict[str, Any]]:
+    """Return one row per comparison: `value` is score's rows/s, `ratio` how many times that of `against`."""
+    folder = Path(tempfile.mkdtemp(prefix="bench-spark-"))
+    try:
+        bench = Bench(folder)
+        talk: session.Conversation[None] = session.Conversation(folder / "spark.log")
+        with session.opened(talk, f"local[{CORES}]", CONF, folder) as spark:
+            return _compare(bench, spark)
+    finally:
+        shutil.rmtree(folder)
+
+
+def _compare(bench: Bench, spark: Any) -> list[dict[str, Any]]:
+    bench.score()
+    ours = predictions(bench.score())
+    speed = ROWS / seconds(bench.score)
+    model, table = bench.model, []
+
+    def rival(name: str, what: str, source: Path, rows: int, add: Callable[[Any], Any], rounds: int) -> None:
+        bench.spark_job(spark, bench.warm, add)
+        took = seconds(lambda: bench.spark_job(spark, source, add), rounds)
+        theirs = predictions(bench.folder / "out")
+        assert len(theirs) == rows
+        agree(ours, theirs)
+        share = "" if rows == ROWS else f", on {rows:,} of the {ROWS:,} rows"
+        table.append(_row(name, speed, f"{what}{share}: {rows / took:,.0f} rows/s", rows / took))
+
+    rival("spark_vs_row_udf", "udf(useArrow=False)", bench.few, FEW, row_udf(model, arrow=False), 1)
+    rival("spark_vs_arrow_udf", "udf(useArrow=True), Spark's default", bench.few, FEW, row_udf(model, arrow=True), 1)
+    rival("spark_vs_pandas_udf", "pandas_udf", bench.whole, ROWS, pandas_udf(model), ROUNDS)
+    rival(
+        "spark_vs_rows_through_spark",
+        "mapInArrow on Spark's own Parquet",
+        bench.whole,
+        ROWS,
+        map_in_arrow(model),
+        ROUNDS,
+    )
+    hand, memory = ROWS / by_hand(bench), ROWS / in_memory(bench)
+    what = f"onnxruntime by hand, {CORES} processes, Parquet in and out: {hand:,.0f} rows/s"
+    table.append(_row("spark_vs_onnxruntime", speed, what, hand))
+    what = f"onnxruntime's run() alone, {CORES} threads, arrays in memory: {memory:,.0f} rows/s"
+    return [*table, _row("spark_vs_onnxruntime_memory", speed, what, memory)]
+
+
+def _row(name: str, speed: float, against: str, other: float) -> dict[str, Any]:
+    return {"name": name, "value": round(speed), "unit": "rows/s", "against": against, "ratio": round(speed / other, 2)}
+
+
+if __name__ == "__main__":
+    found = run()
+    for line in found:
+        print(f"{line['name']:28} {line['value']:>10,} {line['unit']}  {line['ratio']:>7}x  {line['against']}")
+    print(json.dumps(found))

@@ -1,0 +1,144 @@
+"""A light verb, `probe`, and effects without a registry: what the engine is tested with. Modes say how it ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import orrery.contract
+from orrery.contract import VERBS, Result, Verb
+from orrery.errors import TryAgain, UserError
+from orrery.step import Work
+
+
+class ProbeParams(orrery.contract.Params):
+    """`marks` is a folder in which a test and the verb tell each other where they are."""
+
+    mode: str = "done"
+    value: float = 1.0
+    marks: str = ""
+
+
+def register() -> None:
+    """Add the verb to the catalogue, and let effects run here instead of in MLflow."""
+    VERBS["probe"] = Verb(
+        "probe", __name__, "airflow", ProbeParams, "partition", "probed", hints=frozenset({"mode", "marks"})
+    )
+    for name in ("promote", "rollback"):
+        VERBS[name] = dataclasses.replace(VERBS[name], module=__name__, environment="airflow")
+
+
+def run(work: Work, params: ProbeParams) -> Result:
+    """Do what the mode says."""
+    if work.verb.effect:
+        return effect(work)
+    modes = {k.removeprefix("mode_"): v for k, v in globals().items() if k.startswith("mode_")}
+    result = modes[params.mode](work, params)
+    assert isinstance(result, Result)
+    return result
+
+
+def effect(work: Work) -> Result:
+    """Drive the alias, a file in the store, to the version that is wanted."""
+    version = work.config.params["version"]
+    work.store.put("alias", str(version).encode())
+    if work.store.exists("crash-after-effect"):
+        os._exit(1)
+    return Result(facts={"version": version})
+
+
+def _write(work: Work, params: ProbeParams) -> Result:
+    work.write_json("out.json", {"value": params.value})
+    work.write_json("nested/more.json", {"sources": work.config.partitions})
+    return Result(metrics={"value": params.value}, facts={"rows": 3}, reasons=["it was asked for"])
+
+
+def mode_done(work: Work, params: ProbeParams) -> Result:
+    return _write(work, params)
+
+
+def mode_user(work: Work, params: ProbeParams) -> Result:
+    path = work.evidence("report.html", b"<p>why</p>")
+    raise UserError("the column is not there", hint="add it", details={"links": {"report": path}})
+
+
+def mode_again(work: Work, params: ProbeParams) -> Result:
+    raise TryAgain("the server is down")
+
+
+def mode_bug(work: Work, params: ProbeParams) -> Result:
+    work.write("out.json", b"half")
+    return Result(metrics={"value": 1 / 0})
+
+
+def mode_full(work: Work, params: ProbeParams) -> Result:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def mode_big(work: Work, params: ProbeParams) -> Result:
+    work.write("out.json", bytes(1 << 20))
+    return Result()
+
+
+def mode_exit(work: Work, params: ProbeParams) -> Result:
+    sys.exit(0)
+
+
+def mode_vanish(work: Work, params: ProbeParams) -> Result:
+    os._exit(9)
+
+
+def mode_nan(work: Work, params: ProbeParams) -> Result:
+    result = _write(work, params)
+    result.metrics |= {"auc": float("nan"), "loss": float("inf")}
+    return result
+
+
+def mode_wait(work: Work, params: ProbeParams) -> Result:
+    """Write half, say so, wait to be let on, write the rest."""
+    work.write_json("out.json", {"value": params.value})
+    mark(params, "started")
+    wait_for(Path(params.marks) / "go")
+    return _write(work, params)
+
+
+def mode_chunks(work: Work, params: ProbeParams) -> Result:
+    for i in range(5):
+        work.write_json(f"part-{i}.json", list(range(50)))
+        time.sleep(0.001)
+    return _write(work, params)
+
+
+def mode_environment(work: Work, params: ProbeParams) -> Result:
+    work.write_json("names.json", dict(os.environ))
+    return Result()
+
+
+def mode_spawn(work: Work, params: ProbeParams) -> Result:
+    """Start a process that would hold the log open for an hour, say its number, and wait."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
+    mark(params, "child", str(child.pid))
+    wait_for(Path(params.marks) / "go")
+    if (Path(params.marks) / "vanish").exists():
+        os._exit(9)
+    return _write(work, params)
+
+
+def mark(params: ProbeParams, name: str, text: str = "") -> None:
+    part = Path(params.marks) / f"{name}.part"
+    part.write_text(text)
+    part.rename(Path(params.marks) / name)
+
+
+def wait_for(path: Path, seconds: float = 60) -> str:
+    """Return what a file holds, once it is there."""
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} never came"
+        time.sleep(0.005)
+    return path.read_text()
