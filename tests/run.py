@@ -1,7 +1,7 @@
 """Run every check and every test, each test folder in its own environment: what `make test` calls.
 
-    python tests/run.py                  everything
-    python tests/run.py --only NAME      one group: lint, types, airflow, ml, spark, faults
+python tests/run.py                  everything
+python tests/run.py --only NAME      one group: lint, types, airflow, ml, spark, faults
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def main() -> int:
         for command in known[group]:
             print(f"\n=== {group}: {Path(command[0]).name} {' '.join(command[1:])}", flush=True)
             began = time.monotonic()
-            done = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            done = subprocess.Popen(
+                command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
             assert done.stdout is not None
             for line in done.stdout:
                 sys.stdout.write(line)
@@ -68,7 +70,9 @@ def main() -> int:
                 if match := re.search(r"(\d+) passed", line):
                     passed += int(match.group(1))
             code = done.wait()
-            summary.append(f"{group:8} {Path(command[0]).name:8} {'ok' if code == 0 else f'FAILED ({code})':12} {time.monotonic() - began:5.0f} s")
+            summary.append(
+                f"{group:8} {Path(command[0]).name:8} {'ok' if code == 0 else f'FAILED ({code})':12} {time.monotonic() - began:5.0f} s"
+            )
             if code:
                 failed.append(group)
     print("\n" + "\n".join(summary))

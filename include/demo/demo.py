@@ -33,8 +33,14 @@ WINDOW = ("2013-01", "2013-02", "2013-03")
 QUARTER = "2013-Q1"
 SCORED = "2013-04"
 HERE = Path(__file__).resolve().parent
-MARKS = {"success": "[green]✓[/]", "failed": "[red]✗[/]", "upstream_failed": "[red]–[/]", "running": "[cyan]●[/]",
-         "up_for_retry": "[yellow]↻[/]", "skipped": "[dim]»[/]", "queued": "[dim]…[/]", "scheduled": "[dim]…[/]"}  # fmt: skip
+MARKS = {
+    "success": "[green]✓[/]",
+    "failed": "[red]✗[/]",
+    "upstream_failed": "[red]–[/]",
+    "running": "[cyan]●[/]",
+    "up_for_retry": "[yellow]↻[/]",
+    "skipped": "[dim]»[/]",
+}
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -101,7 +107,7 @@ def land(months: tuple[str, ...]) -> None:
     """Play the upstream system: land these months where the platform's `data` says."""
     env = {**os.environ, "PYTHONPATH": str(venvs() / "upstream")}
     argv = [str(interpreter("ml")), str(HERE / "land.py"), "--out", platform.load().data, "--months", *months]
-    done = subprocess.run(argv, env=env, capture_output=True, text=True)
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"the upstream data could not be landed:\n{done.stdout}{done.stderr}")
 
@@ -109,7 +115,7 @@ def land(months: tuple[str, ...]) -> None:
 def measure(partition: str) -> dict[str, Any]:
     """Return how good the scores of a partition were."""
     argv = [str(interpreter("ml")), str(HERE / "measure.py"), PROJECT, partition]
-    done = subprocess.run(argv, capture_output=True, text=True, cwd=platform.home())
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=platform.home(), check=False)
     if done.returncode:
         raise UserError(f"the scores could not be measured:\n{done.stderr[-3000:]}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -139,6 +145,10 @@ def tell() -> dict[str, Any]:
         api.trigger(dag, {"reason": "make demo"}, partition_key=key)
     timed(seconds, "ingest", lambda: story.wait(ingest, "ingest"))
     train = timed(seconds, "train", lambda: story.wait([(f"{PROJECT}.train", QUARTER)], "training", 900))[0]
+    if book.champion(PROJECT) is None:
+        raise UserError(
+            "there is no champion: the gate kept the candidate", hint="; ".join(_reasons(book)) or "see the task `gate`"
+        )
     api.trigger(f"{PROJECT}.ingest", {"reason": "make demo"}, partition_key=SCORED)
     timed(seconds, "ingest_april", lambda: story.wait([(f"{PROJECT}.ingest", SCORED)], "ingest"))
     score = timed(seconds, "score", lambda: story.wait([(f"{PROJECT}.score", SCORED)], "scoring"))[0]
@@ -156,6 +166,12 @@ def tell() -> dict[str, Any]:
         "steps": [{k: p.get(k) for k in ("verb", "key", "skipped", "seconds")} for p in steps],
         "runs": {"train": train.run_id, "score": score.run_id},
     }
+
+
+def _reasons(book: Ledger) -> list[str]:
+    """Return the reasons of the last decision, the failed checks first."""
+    decisions = book.find(PROJECT, "decision")
+    return list(decisions[-1].payload["reasons"]) if decisions else []
 
 
 def show(report: dict[str, Any]) -> None:

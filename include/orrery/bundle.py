@@ -93,7 +93,7 @@ def fetch(store: Store, digest: str, target: Path) -> Path:
         ) from None
     target.mkdir(parents=True, exist_ok=True)
     try:
-        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             names = sorted(tar.getnames())
             tar.extractall(target, filter="data")
     except (tarfile.TarError, OSError) as e:

@@ -102,7 +102,9 @@ class Verb:
 
     `module` holds `run(work, params)`; `effect` marks a step that drives something outside to a desired
     state and so is never skipped; `dataset` is what its output is published as, per partition or window;
-    `scope` tells whether it works on a partition or a window; `hints` are params outside the fingerprint.
+    `scope` tells whether it works on a partition or a window; `hints` are params outside the fingerprint;
+    `by_address`: its inputs count by their manifest and not by their content alone, since it reads what was
+    measured beside the content (the gate: latency).
     """
 
     name: str
@@ -113,6 +115,7 @@ class Verb:
     dataset: str | None = None
     effect: bool = False
     observes: bool = False
+    by_address: bool = False
     compute: str = "cpu-light"
     hints: frozenset[str] = field(default_factory=frozenset)
 
@@ -142,7 +145,7 @@ VERBS: dict[str, Verb] = {
         ),
         Verb("train", "orrery.training.train", "ml", TrainParams, "window", "candidate", compute="cpu-small"),
         Verb("evaluate", "orrery.evaluation.evaluate", "ml", EvaluateParams, "window", "evaluation"),
-        Verb("gate", "orrery.evaluation.gate", "ml", GateParams, "window", "verdict"),
+        Verb("gate", "orrery.evaluation.gate", "ml", GateParams, "window", "verdict", by_address=True),
         Verb("register", "orrery.registry.register", "ml", RegisterParams, "window", effect=True),
         Verb("promote", "orrery.registry.promote", "ml", PromoteParams, "window", effect=True),
         Verb("rollback", "orrery.registry.rollback", "ml", PromoteParams, "window", effect=True),

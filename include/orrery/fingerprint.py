@@ -51,7 +51,20 @@ def _imports(module: str, file: Path) -> set[str]:
 # store must not retrain every model. What shapes an output lives in the subject rooms and these few.
 MACHINERY = frozenset(
     f"orrery{m}"
-    for m in ("", ".errors", ".store", ".lease", ".contract", ".step", ".log", ".bundle", ".platform", ".yamlfile")
+    for m in (
+        "",
+        ".errors",
+        ".store",
+        ".lease",
+        ".contract",
+        ".step",
+        ".log",
+        ".bundle",
+        ".platform",
+        ".yamlfile",
+        ".registry.tracking",
+        ".registry.client",
+    )
 )
 
 

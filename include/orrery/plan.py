@@ -149,7 +149,9 @@ class Planner:
             "project": packed.digest,
             "environment": fingerprint.pins(platform.home(), verb.environment),
             "config": fingerprint.digest(config),
-            "inputs": fingerprint.digest({n: [[r.key, r.digest] for r in refs] for n, refs in inputs.items()}),
+            "inputs": fingerprint.digest(
+                {n: [[r.key, r.path if verb.by_address else r.digest] for r in refs] for n, refs in inputs.items()}
+            ),
         }
 
     def _done(self, config: StepConfig, verb: Verb) -> Result | None:

@@ -85,6 +85,15 @@ class Feast(Frozen):
     registry: str = Field("${root}/var/feast", description="Folder of the registry, or a SQLAlchemy URL.")
     online: str = Field("sqlite", description="`sqlite`, a postgresql:// URL or a redis:// URL.")
 
+    @field_validator("registry", "online")
+    @classmethod
+    def _no_secret(cls, value: str) -> str:
+        """These travel in a step's config, so a password is written as $NAME and read from the step's environment."""
+        found = re.search(r"://[^/@]*:([^/@]*)@", value)
+        if found and not found.group(1).startswith("$"):
+            raise ValueError("a password must be written as $NAME, the name of a variable in the steps' environment")
+        return value
+
 
 class Platform(Frozen):
     """The whole of platform.yaml."""

@@ -157,6 +157,11 @@ class Work:
             self.evidence(f"{name}/{file.relative_to(folder).as_posix()}", file)
         return f"{self.config.folder}/evidence/{name}"
 
+    def discard(self) -> None:
+        """Remove what was written before the work failed: retries on a full disk must not make it fuller."""
+        if self.store.is_local and self._paths and self.address:
+            shutil.rmtree(self.store.full(self.attempt_folder), ignore_errors=True)
+
     def commit(self, result: Result) -> Manifest:
         """Put the manifest. The first commit at an address wins; a later one is given the first's."""
         files = dict(self._adopted)
@@ -243,7 +248,11 @@ def execute(config: StepConfig, store: Store, scratch: Path, seconds: dict[str, 
         if config.address and (found := work.committed()) is not None:
             return _again(work, found)
         began = time.monotonic()
-        result = run(work, params)
+        try:
+            result = run(work, params)
+        except BaseException:
+            work.discard()
+            raise
         result.drop_not_finite()
         seconds["work"] = time.monotonic() - began
         began = time.monotonic()

@@ -237,7 +237,12 @@ class Store:
             if self.is_local:
                 if os.path.abspath(full) != os.path.abspath(source):
                     os.makedirs(os.path.dirname(full), exist_ok=True)
-                    shutil.copyfile(source, full)
+                    try:
+                        shutil.copyfile(source, full)
+                    except OSError:
+                        with contextlib.suppress(OSError):
+                            os.unlink(full)
+                        raise
                 with open(full, "rb") as f:
                     os.fsync(f.fileno())
                 _sync_folder(Path(full).parent)

@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orrery.contract import Result, StepConfig
+from orrery.log import configure as log_setup
 from orrery.plan import Planner, Request
+from orrery.step import attempt
 from orrery.store import File, Manifest, Ref, Store, content_digest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,6 +97,28 @@ class House:
         out, _ = process.communicate(timeout=120)
         return process.returncode, self.result(config), out
 
+    def fork(self, config: StepConfig, result: str = "") -> int:
+        """Start an attempt in a fork, which has imported all already; return its process number."""
+        argv = self.put(config)
+        child = os.fork()
+        if child == 0:
+            code = 70
+            try:
+                log = os.open(self.home / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                os.dup2(log, 1)
+                os.dup2(log, 2)
+                sys.stdout = sys.stderr = os.fdopen(log, "w")
+                log_setup()
+                code = attempt(argv[3], result or argv[5], time.time())
+            finally:
+                os._exit(code)
+        return child
+
+    def tell(self, config: StepConfig, result: str = "") -> tuple[int, Result | None]:
+        """Run an attempt in a fork; return exit code and result document."""
+        code = ended(self.fork(config, result))
+        return code, None if result else self.result(config)
+
     def result(self, config: StepConfig) -> Result:
         return Result.model_validate_json(self.store.read(f"{config.folder}/result.json"))
 
@@ -127,6 +152,11 @@ class House:
         inputs = {"evaluation": (evaluation.ref,)}
         self.commit("gate", "verdict", window, inputs=inputs, verdict=verdict, reasons=["auc 0.8 is above 0.7"])
         return candidate
+
+
+def ended(child: int) -> int:
+    """Wait for a fork; return its exit code (negative: the signal)."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def build(home: Path, spec: str = SPEC) -> House:

@@ -199,11 +199,12 @@ def database(house, monkeypatch) -> Path:
     path = house.folder / "orders.db"
     with sqlite3.connect(path) as db:
         db.execute(
-            'create table orders (id integer primary key, placed timestamp, amount numeric(8, 2), "odd name" text)'
+            "create table orders (id integer primary key, placed timestamp, amount numeric(8, 2), score real,"
+            ' "odd name" text)'
         )
         start = datetime(2023, 12, 31, 22)
-        rows = [(i, str(start + timedelta(hours=i)), i / 4, f"n{i}" if i % 3 else None) for i in range(800)]
-        db.executemany("insert into orders values (?, ?, ?, ?)", reversed(rows))
+        rows = [(i, str(start + timedelta(hours=i)), i / 4, i / 8, f"n{i}" if i % 3 else None) for i in range(800)]
+        db.executemany("insert into orders values (?, ?, ?, ?, ?)", reversed(rows))
     db.close()
     table = {"table": "orders", "connection": "shop_db", "time_column": "placed"}
     house.write_spec(sources=dict(house.spec["sources"], orders=table))
@@ -217,7 +218,8 @@ def test_a_table_gives_the_rows_of_its_partition(house, database):
     times = table["placed"].to_pylist()
     assert table.num_rows == 31 * 24
     assert (times[0], times[-1]) == (datetime(2024, 1, 1, tzinfo=UTC), datetime(2024, 1, 31, 23, tzinfo=UTC))
-    assert [str(t) for t in table.schema.types] == ["int64", "timestamp[us, tz=UTC]", "decimal128(8, 2)", "string"]
+    types = [str(t) for t in table.schema.types]
+    assert types == ["int64", "timestamp[us, tz=UTC]", "decimal128(8, 2)", "double", "string"]
     assert table["odd name"].to_pylist()[:3] == ["n2", None, "n4"]
     assert house.run("ingest").output == result.output
 

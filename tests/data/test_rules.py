@@ -153,9 +153,8 @@ def test_the_smallest_class(values, passed, runner):
     table = pa.table({"c": values})
     found = one(table, min_class_share={"c": 0.1})
     assert found.passed == passed
-    run = runner.run(f"class{len(values)}{passed}", table, [found.rule], [])
-    if values != [None]:
-        assert gx.compare([found], run) == []
+    run = runner.run(f"class{len(values)}{passed}{values[0]}", table, [found.rule], [])
+    assert gx.compare([found], run) == []
 
 
 def test_raw_expectations_pass_through(runner):

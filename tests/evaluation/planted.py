@@ -117,8 +117,16 @@ class House:
         self.bundle = packed.digest
         self.attempts = 0
 
-    def commit(self, verb: str, address: str, files: Mapping[str, bytes], *, key: str = WINDOW,
-               inputs: Mapping[str, tuple[Ref, ...]] | None = None) -> Manifest:  # fmt: skip
+    def commit(
+        self,
+        verb: str,
+        address: str,
+        files: Mapping[str, bytes],
+        *,
+        key: str = WINDOW,
+        inputs: Mapping[str, tuple[Ref, ...]] | None = None,
+        result: Mapping[str, Any] | None = None,
+    ) -> Manifest:
         """Commit an output as a step would."""
         kept = {}
         for name, data in files.items():
@@ -127,8 +135,17 @@ class House:
             source.write_bytes(data)
             done = self.store.upload(source, f"{self.project}/{verb}/{address}/a1/{name}")
             kept[name] = File(path=f"a1/{name}", size=done.size, sha256=done.sha256)
-        manifest = Manifest(project=self.project, verb=verb, key=key, address=address, digest=content_digest(kept),
-                            files=kept, inputs=dict(inputs or {}), fingerprint={"code": "c0de"})  # fmt: skip
+        manifest = Manifest(
+            project=self.project,
+            verb=verb,
+            key=key,
+            address=address,
+            digest=content_digest(kept),
+            files=kept,
+            inputs=dict(inputs or {}),
+            fingerprint={"code": "c0de"},
+            result=dict(result or {}),
+        )
         assert self.store.put_if_absent(manifest.path, manifest.model_dump_json().encode())
         return manifest
 

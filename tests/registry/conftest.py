@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import socket
@@ -13,14 +14,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 # The planted rows and models are evaluation's.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "evaluation"))
 
-from planted import House, linear, rows
+from planted import HOLDOUT, House, linear, rows
 
 from orrery.contract import Result
+from orrery.data.tables import write_parquet
+from orrery.evaluation import exported, holdout
 from orrery.registry.client import Mlflow
 from orrery.store import Manifest
 
@@ -96,13 +100,36 @@ class Release:
     house: House
     features: Manifest
 
-    def candidate(self, address: str = "c1", b: float = 1.0) -> dict[str, list[Manifest]]:
-        """Commit, evaluate and gate a candidate; return the inputs of register and promote."""
-        training = self.house.candidate(linear({"a": 1.0, "b": b}, categories=["c"]), [self.features], address)
+    def candidate(self, address: str = "c1", b: float = 1.0, verdict: str = "promote") -> dict[str, list[Manifest]]:
+        """Commit a candidate, its predictions and a verdict; return the inputs of register and promote.
+
+        As evaluate and gate would, without their figures and timings: `measured` runs those.
+        """
+        house, training = self.house, self._training(address, b)
+        model = exported.load(lambda m, n: Path(house.store.full(m.uri(n))), training, "planted")
+        table = holdout.read([Path(house.store.full(self.features.uri("features.parquet")))], HOLDOUT.isoformat())
+        file = house.root / f"{address}.parquet"
+        write_parquet(table.select(["key"]).append_column("candidate", pa.array(model.predict(table))), file)
+        result = {"verdict": verdict, "metrics": {"auc": 0.75}}
+        evaluation = house.commit(
+            "evaluate",
+            f"e-{address}",
+            {"predictions.parquet": file.read_bytes(), "report.json": b'{"task":"binary"}'},
+            inputs={"features": (self.features.ref,), "candidate": (training.ref,)},
+        )
+        decided = house.commit("gate", f"v-{address}", {"verdict.json": b"{}"}, result=result)
+        return {"candidate": [training], "evaluation": [evaluation], "verdict": [decided]}
+
+    def measured(self, address: str = "c1") -> dict[str, list[Manifest]]:
+        """Like `candidate`, by evaluate and gate themselves."""
+        training = self._training(address, 1.0)
         _, evaluation, _ = self.house.evaluate(training, [self.features], address=f"e-{address}")
         verdict = self.house.store.manifest(str(self.house.gate(evaluation, f"v-{address}").output))
         assert verdict is not None
         return {"candidate": [training], "evaluation": [evaluation], "verdict": [verdict]}
+
+    def _training(self, address: str, b: float) -> Manifest:
+        return self.house.candidate(linear({"a": 1.0, "b": b}, categories=["c"]), [self.features], address)
 
     def register(self, inputs: dict[str, list[Manifest]]) -> Result:
         """Register a candidate."""
@@ -117,5 +144,5 @@ class Release:
 @pytest.fixture
 def release(tmp_path: Path, request: pytest.FixtureRequest) -> Release:
     """A release of a project of this test's own."""
-    house = House(tmp_path, project=f"t{abs(hash(request.node.nodeid)):x}"[:40])
+    house = House(tmp_path, project=f"t{hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:12]}")
     return Release(house, house.features(rows(2000)))

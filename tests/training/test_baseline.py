@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import trips
 from sklearn.linear_model import LogisticRegression, Ridge
+from training_bench import trips
 
 from orrery.training import Dataset, baseline, signature
 from orrery.training.dataset import encoded

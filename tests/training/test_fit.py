@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pytest
-from conftest import Bench, Run, trips
+from training_bench import Bench, Run, trips
 
 from orrery import bundle
 from orrery.errors import SpecError

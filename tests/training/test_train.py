@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import TORCH_MODEL, Bench, Run, bench, trips
+from training_bench import TORCH_MODEL, Bench, Run, bench, trips
 
 from orrery.contract import Result
 from orrery.errors import DataError, OrreryError, SpecError, UserError

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import quote, quote_plus
 
@@ -145,19 +145,22 @@ def _arrow_type(column: sa.Column[Any], table: str) -> pa.DataType:
     simple: tuple[tuple[Any, pa.DataType], ...] = (
         (sa.Boolean, pa.bool_()),
         (sa.Integer, pa.int64()),
+        (sa.Float, pa.float64()),
         (sa.DateTime, INSTANT),
         (sa.Date, pa.date32()),
         (sa.Time, pa.time64("us")),
-        (sa.Interval, pa.duration("us")),
         (sa.LargeBinary, pa.binary()),
         ((sa.String, sa.Uuid, sa.JSON), pa.string()),
     )
     for known, arrow in simple:
         if isinstance(kind, known):
             return arrow
-    if isinstance(kind, sa.Numeric):  # also Float
+    if isinstance(kind, sa.Numeric):
         digits = kind.precision if kind.asdecimal else None
         return pa.decimal128(digits, kind.scale or 0) if digits and digits <= 38 else pa.float64()
+    with contextlib.suppress(NotImplementedError):
+        if kind.python_type is timedelta:  # the dialects' own intervals share no class
+            return pa.duration("us")
     raise DataError(
         f"{table}.{column.name} has type {kind!r}, which has no counterpart in Arrow",
         hint="leave the column out by a view, or cast it there",

@@ -137,7 +137,7 @@ def feast_type(kind: pa.DataType) -> Any:
 
 def _feast_ttl(ttl_us: int) -> timedelta:
     """Return a ttl that Feast can take and that is not shorter; `_values` holds the exact bound."""
-    if True:
+    if ttl_us < DAY_US:
         return timedelta(microseconds=ttl_us)
     return timedelta(days=-(-ttl_us // DAY_US))
 

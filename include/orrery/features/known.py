@@ -26,7 +26,9 @@ def latest_known(view: View, table: pa.Table) -> pa.Table:
     event = _us(table, EVENT_TIME)
     order = np.lexsort((event, available, groups))  # stable: the last of equals stays last
     groups, available, event = groups[order], available[order], event[order]
-    last = np.append((groups[1:] != groups[:-1]) | (available[1:] != available[:-1]), True)[: len(order)]
+    last: npt.NDArray[np.bool_] = np.append((groups[1:] != groups[:-1]) | (available[1:] != available[:-1]), True)[
+        : len(order)
+    ]
     order, groups, event = order[last], groups[last], event[last]
     return table.take(pa.array(order[event >= _running_max(groups, event)]))
 
@@ -34,7 +36,7 @@ def latest_known(view: View, table: pa.Table) -> pa.Table:
 def latest_of_all(view: View, table: pa.Table) -> pa.Table:
     """Return the last known row of each entity, from what `latest_known` returned."""
     groups = entities(table, view.on)
-    last = np.append(groups[1:] != groups[:-1], True)[: len(groups)]
+    last: npt.NDArray[np.bool_] = np.append(groups[1:] != groups[:-1], True)[: len(groups)]
     return table.filter(pa.array(last))
 
 
@@ -48,7 +50,7 @@ def slots(
     the width of a slot: the slot of a time is time // width. Which row counts within a slot is the join's business.
     """
     groups, start = entities(table, view.on), _us(table, AVAILABLE_TIME)
-    follows = np.append(groups[1:] == groups[:-1], False)[: len(start)]
+    follows: npt.NDArray[np.bool_] = np.append(groups[1:] == groups[:-1], False)[: len(start)]
     next_start = np.where(follows, np.append(start[1:], 0)[: len(start)], np.iinfo(np.int64).max)
     end = np.minimum(np.minimum(next_start, start + view.ttl_us), last + 1)
     seen = np.flatnonzero((end > first) & (start < end))
@@ -57,7 +59,7 @@ def slots(
     width = max(1, (last - first + 1) * len(np.unique(groups[seen])) * PER_SLOT // len(seen))
     opens = np.maximum(start[seen], first) // width
     count = (end[seen] - 1) // width - opens + 1
-    index = np.repeat(np.arange(len(seen)), count)
+    index: npt.NDArray[np.int64] = np.repeat(np.arange(len(seen)), count)
     offset = np.arange(len(index)) - np.repeat(np.cumsum(count) - count, count)
     return seen[index], opens[index] + offset, width
 

@@ -106,7 +106,7 @@ def _challenge(work: Work, server: Mlflow, version: Version) -> None:
 
 
 def approved(work: Work) -> Manifest:
-    """Return the candidate. Raises `RequestError` when the gate kept the champion: the planner asks for no such step."""
+    """Return the candidate. Raises `RequestError` when the gate kept the champion; the planner never asks for that."""
     verdict = work.input("verdict")
     if verdict.result.get("verdict") != "promote":
         raise RequestError(f"the gate kept the champion ({verdict.path}): there is nothing to release")

@@ -92,10 +92,13 @@ def _environment() -> Iterator[None]:
     wanted = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     if sys.platform == "linux":
         wanted["GLOO_SOCKET_IFNAME"] = "lo"
-    before = dict(os.environ)
+    before = {name: os.environ.get(name) for name in (*wanted, "TORCHELASTIC_SIGNALS_TO_HANDLE")}
     os.environ.update(wanted)
     try:
         yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    finally:  # name by name: another thread may be reading the environment
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -87,7 +87,7 @@ def to_float(column: pa.ChunkedArray) -> npt.NDArray[np.float32]:
     """Return a numeric or boolean column as float32, NaN where it is null."""
     if pa.types.is_boolean(column.type):
         column = column.cast(pa.int8())
-    return np.asarray(pc.fill_null(column.cast(pa.float64()), float("nan")).to_numpy(), dtype=np.float32)
+    return np.asarray(pc.fill_null(column.cast(pa.float64(), safe=False), float("nan")).to_numpy(), dtype=np.float32)
 
 
 def is_categorical(kind: pa.DataType) -> bool:

@@ -1,0 +1,81 @@
+"""platform.yaml and the variables over it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from core_house import PLATFORM, House
+
+from orrery import platform
+from orrery.errors import SpecError, UserError
+
+
+def write(house: House, text: str) -> None:
+    (house.home / "include" / "platform.yaml").write_text(text)
+
+
+def test_variables_win_over_the_file_and_placeholders_are_filled(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(house, PLATFORM + "data: file://${root}/there\nmlflow: http://127.0.0.1:${mlflow_port}\n")
+    monkeypatch.delenv("ORRERY_DATA")
+    monkeypatch.setenv("ORRERY_MLFLOW_PORT", "5599")
+    monkeypatch.setenv("ORRERY_STAGE", "prod")
+    loaded = platform.load()
+    assert loaded.data == f"file://{house.home}/there"
+    assert loaded.mlflow == "http://127.0.0.1:5599"
+    assert loaded.stage == "prod"
+    monkeypatch.setenv("ORRERY_DATA", "s3://elsewhere/x")
+    assert platform.load().data == "s3://elsewhere/x"
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (PLATFORM + "stroe: file:///x\n", [":6: stroe: no such field", "did you mean 'store'?"]),
+        (PLATFORM + "data: ${rot}/x\n", ["data: ${rot} is unknown", "did you mean 'root'?"]),
+        (PLATFORM.replace("airflow:1", "airflow:latest"), [":3: environments.airflow.image", "not :latest"]),
+        (PLATFORM.replace("airflow:1", "airflow"), ["a tag or a digest"]),
+        (PLATFORM.replace('cpu: "1"', 'cpu: "1", image: "x/y:latest"'), ["compute.cpu-small.image", "not :latest"]),
+        (PLATFORM.replace('cpu: "1"', 'cpu: "lots"'), [":5: compute.cpu-small.cpu", "'lots'"]),
+        (PLATFORM.replace('cpu: "1"', "price_per_hour: -1"), ["compute.cpu-small.price_per_hour", "-1"]),
+    ],
+)
+def test_mistakes(house: House, monkeypatch: pytest.MonkeyPatch, text: str, parts: list[str]) -> None:
+    monkeypatch.delenv("ORRERY_DATA")
+    write(house, text)
+    with pytest.raises(SpecError) as e:
+        platform.load()
+    for part in parts:
+        assert part in str(e.value)
+
+
+def test_no_file_and_no_home(house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ORRERY_PLATFORM", str(tmp_path / "none.yaml"))
+    with pytest.raises(SpecError, match="ORRERY_PLATFORM"):
+        platform.load()
+    monkeypatch.setenv("ORRERY_PLATFORM", str(house.folder / "spec.yaml" / "x"))
+    with pytest.raises(SpecError, match="ORRERY_PLATFORM"):
+        platform.load()
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../delays", "delays/", "delays\n", "Delays", "dеlays", "a" * 9000, "$x"]
+)
+def test_hostile_project_names(house: House, name: str) -> None:
+    with pytest.raises(SpecError, match="there is no project") as e:
+        platform.project_folder(name)
+    assert len(str(e.value)) < 2000
+
+
+def test_the_nearest_project_is_named(house: House) -> None:
+    with pytest.raises(SpecError, match="did you mean 'delays'"):
+        platform.project_folder("delay")
+    assert platform.project_folder("delays") == house.folder
+
+
+def test_unknown_profile_and_compute_class(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORRERY_PROFILE", "locl")
+    with pytest.raises(UserError, match="did you mean 'local'"):
+        platform.profile()
+    with pytest.raises(SpecError, match="did you mean 'cpu-small'"):
+        platform.load().compute_class("cpu-smal")

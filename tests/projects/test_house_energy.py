@@ -1,0 +1,100 @@
+"""A second project (LightGBM, regression, CSV by the day, no Feast) goes through the same contract, untouched engine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from loop import DAYS, NEXT, PROJECT, ROOT, VENVS, WINDOW, Loop
+
+pytestmark = pytest.mark.slow
+
+
+def tree() -> dict[str, str]:
+    """Return the digest of every file of the product: what a second project must not need to touch."""
+    files = [p for top in ("include", "dags", "plugins", "docker") for p in (ROOT / top).rglob("*") if p.is_file()]
+    kept = [p for p in files if "__pycache__" not in p.parts]
+    return {str(p.relative_to(ROOT)): hashlib.sha256(p.read_bytes()).hexdigest() for p in kept}
+
+
+def scores(loop: Loop) -> dict[str, float]:
+    manifest = loop.manifest("scores", NEXT)
+    code = (
+        "import sys, json, pyarrow.parquet as pq\n"
+        "t = [pq.read_table(p) for p in sys.argv[1:]]\n"
+        "print(json.dumps([[r['key'], r['prediction'], r['model_version']] for x in t for r in x.to_pylist()]))"
+    )
+    parts = [loop.store.full(manifest.uri(n)) for n in manifest.files if n.endswith(".parquet")]
+    done = subprocess.run(
+        [str(VENVS / "ml" / "bin" / "python"), "-c", code, *parts], capture_output=True, text=True, check=True
+    )
+    rows = json.loads(done.stdout)
+    assert len({r[0] for r in rows}) == len(rows), "a row was scored twice"
+    return {r[0]: r[1] for r in rows}
+
+
+def test_the_whole_loop_without_touching_the_engine(loop: Loop) -> None:
+    before = tree()
+    loop.data()
+    version = loop.release()
+    loop.data((NEXT,))
+    loop.run("score", NEXT)
+    assert tree() == before
+    first = scores(loop)
+    assert len(first) == 24 * 40
+    # Who promoted what, on which evidence.
+    champion = loop.ledger.champion(PROJECT)
+    assert champion is not None and champion.version == version
+    promotions = [e for e in loop.ledger.find(PROJECT, "promotion")]
+    assert [e.phase for e in promotions] == ["intent", "done"]
+    assert set(promotions[1].payload["evidence"]) == {"evaluation", "verdict"}
+    # Scoring again gives the same rows once.
+    assert "skipped, unchanged" in loop.run("score", NEXT)
+    loop.run("score", NEXT, "--force")
+    assert scores(loop) == first
+    # The candidate is the champion now, so trained again it is not better by more than noise: kept, and green.
+    assert "skipped" in loop.run("train", WINDOW)
+    assert "evaluate" in loop.run("evaluate", WINDOW)
+    assert "kept" in loop.run("gate", WINDOW)
+    assert "kept the champion" in loop.run("register", WINDOW)
+
+
+def test_feast_is_not_needed(loop: Loop) -> None:
+    """The project declares no view; its materialize imports no Feast, and says so in no dependency."""
+    text = (ROOT / "tests" / "projects" / PROJECT / "features.py").read_text()
+    assert "@view" not in text and "feast" not in text
+
+
+def test_a_version_is_retrained_to_the_same_weights(loop: Loop) -> None:
+    assert "retrained to the same weights" in loop.orrery("reproduce", PROJECT, "1")
+
+
+def test_an_attempt_is_repeated_from_its_config(loop: Loop) -> None:
+    attempt = loop.manifest("features", DAYS[3]).attempt
+    before = loop.manifest("features", DAYS[3])
+    assert "done" in loop.orrery("reproduce", PROJECT, attempt)
+    assert loop.manifest("features", DAYS[3]) == before
+
+
+def test_a_landing_again_supersedes_and_lists_what_is_stale(loop: Loop) -> None:
+    file = Path(loop.env["ORRERY_DATA"].removeprefix("file://")) / "readings" / f"{DAYS[5]}.csv"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(lines[:-1]) + "\n")
+    text = loop.run("ingest", DAYS[5])
+    assert "supersedes an earlier version" in text
+    for stale in (f"validate {DAYS[5]}", f"materialize {DAYS[5]}", f"train {WINDOW}"):
+        assert stale in text
+    # Training on the stale day is refused, and the message says what to run.
+    message = loop.run("materialize", DAYS[5], code=64)
+    assert f"run {PROJECT}.ingest for {DAYS[5]}" in message
+
+
+def test_check_and_ledger_read_well(loop: Loop) -> None:
+    assert "LightGBM" in loop.orrery("check", PROJECT) or "fit" in loop.orrery("check", PROJECT)
+    text = loop.orrery("ledger", PROJECT)
+    assert "– → 1" in text and "champion: version 1" in text
+    assert "none" in loop.orrery("ledger", PROJECT, "--at", "2020-01-01")
+    assert "only champion there ever was" in loop.orrery("rollback", PROJECT, code=64)
