@@ -19,9 +19,9 @@ from orrery.store import Manifest, Store
 ROOT = Path(__file__).resolve().parents[1]
 VENVS = Path(os.environ.get("ORRERY_VENVS", ROOT / ".venvs"))
 PROJECT = "house_energy"
-DAYS = tuple(f"2025-01-{d:02d}" for d in range(6, 20))
+DAYS = tuple(f"2025-01-{d:02d}" for d in range(6, 10))
 WINDOW = f"{DAYS[0]}..{DAYS[-1]}"
-NEXT = "2025-01-20"
+NEXT = "2025-01-10"
 ORRERY = str(VENVS / "airflow" / "bin" / "orrery")
 
 
@@ -31,7 +31,7 @@ class Loop:
     def __init__(self, home: Path, mlflow: str) -> None:
         self.home = home
         data = home / "data" / "readings"
-        code = "import sys; sys.path.insert(0, sys.argv[1]); import house_energy_data as h; from pathlib import Path; h.land(Path(sys.argv[2]), 15)"
+        code = "import sys; sys.path.insert(0, sys.argv[1]); import house_energy_data as h; from pathlib import Path; h.land(Path(sys.argv[2]), 5, houses=120)"
         subprocess.run([str(VENVS / "ml" / "bin" / "python"), "-c", code, str(ROOT / "tests"), str(data)], check=True)
         self.env = {
             **os.environ,

@@ -6,12 +6,13 @@ Progress is a bar on a terminal and a line now and then in a log.
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 PROGRESS_EVERY_S = 5.0
@@ -65,12 +66,25 @@ def configure() -> None:
             structlog.processors.format_exc_info,
             renderer,
         ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stdout),
+        logger_factory=structlog.PrintLoggerFactory(_Out()),
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         cache_logger_on_first_use=False,
     )
     handler = _Handler()
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+
+
+class _Out(io.TextIOBase):
+    """Standard output that may go away: who reads the log may die first, and the step must still end in order."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            sys.stdout.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            sys.stdout.flush()
 
 
 class _Handler(logging.Handler):

@@ -108,6 +108,8 @@ class LocalProcess:
             return self._process.wait()
         finally:
             self.stop()
+            if self._process.stdout:
+                self._process.stdout.close()
 
     def stop(self, grace: float = GRACE_S) -> None:
         """End the step and all it started. Safe to call at any time, from any thread."""

@@ -314,7 +314,8 @@ def attempt(config_uri: str, result_uri: str, started: float) -> int:
     except Exception as e:  # the result cannot be told; the exit code and the log still are
         log.get().error(f"the result could not be written to {result_uri}: {e}")
         code = code or getattr(e, "exit_code", BUG)
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     return code
 
 

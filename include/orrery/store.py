@@ -251,10 +251,7 @@ class Store:
         return File(path=path, size=source.stat().st_size, sha256=h.hexdigest())
 
     def _write_beside(self, full: str, data: bytes) -> str:
-        try:
-            os.makedirs(os.path.dirname(full), exist_ok=True)
-        except FileExistsError:
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
+        os.makedirs(os.path.dirname(full), exist_ok=True)
         temporary = f"{os.path.dirname(full)}/.{os.path.basename(full)[:150]}.{secrets.token_hex(6)}"
         try:
             with open(temporary, "xb") as f:
@@ -391,9 +388,9 @@ def trouble(where: str) -> Iterator[None]:
     """Turn what a filesystem says into what a person can act on, with the right exit code."""
     try:
         yield
-    except (FileNotFoundError, FileExistsError, OrreryError):
+    except (FileNotFoundError, OrreryError):
         raise
-    except (PermissionError, IsADirectoryError, NotADirectoryError) as e:
+    except (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as e:
         raise UserError(f"{where}: {e.strerror or e}", hint="check that the folder exists and may be written") from None
     except OSError as e:
         if e.errno == errno.EROFS:

@@ -38,7 +38,12 @@ def test_once_per_project_kind_key_and_phase(url: str) -> None:
     book = Ledger(url)
     assert book.record("p", "run", "k", "done", "me", {"n": 1})
     assert not book.record("p", "run", "k", "done", "you", {"n": 2})
-    for other in (("q", "run", "k", "done"), ("p", "decision", "k", "done"), ("p", "run", "l", "done"), ("p", "run", "k", "intent")):
+    for other in (
+        ("q", "run", "k", "done"),
+        ("p", "decision", "k", "done"),
+        ("p", "run", "l", "done"),
+        ("p", "run", "k", "intent"),
+    ):
         assert book.record(*other, "me", {})  # type: ignore[arg-type]
     entry = book.get("p", "run", "k", "done")
     assert entry is not None
@@ -66,7 +71,12 @@ def test_the_champion_now_and_at_a_time(url: str) -> None:
     promote(book, "1", "run-1")
     first = book.champion("p")
     assert first is not None
-    assert (first.version, first.model, first.actor, first.reason) == ("1", "p/train/1/manifest.json", "eve", "because 1")
+    assert (first.version, first.model, first.actor, first.reason) == (
+        "1",
+        "p/train/1/manifest.json",
+        "eve",
+        "because 1",
+    )
     while moment(first.since) == now():
         pass  # the ledger's clock ticks in milliseconds
     promote(book, "2", "run-2")
@@ -99,7 +109,8 @@ def test_writers_at_once_in_threads(url: str) -> None:
         barrier.wait()
         book = Ledger(url)
         for i in range(15):
-            won[i] += book.record("p", "run", f"k{i}", "done", str(me), {})
+            if book.record("p", "run", f"k{i}", "done", str(me), {}):
+                won[i] += 1
 
     threads = [threading.Thread(target=write, args=(i,)) for i in range(6)]
     for t in threads:

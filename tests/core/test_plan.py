@@ -220,7 +220,11 @@ def test_hostile_partitions(house: House, key: str) -> None:
 
 def test_a_request_names_its_data(house: House) -> None:
     planner = house.planner()
-    for partition, window, word in ((None, None, "neither"), ("2013-01", "2013-01..2013-02", "both"), ("", "", "neither")):
+    for partition, window, word in (
+        (None, None, "neither"),
+        ("2013-01", "2013-01..2013-02", "both"),
+        ("", "", "neither"),
+    ):
         with pytest.raises(RequestError, match=f"give a partition or a window, not {word}"):
             planner.partitions_of(partition, window)
     with pytest.raises(RequestError, match="without a partition or window"):
@@ -241,7 +245,9 @@ def test_unknown_steps_and_options(house: House) -> None:
         planner.plan(house.request("promote"))
 
 
-@pytest.mark.parametrize("run", ["manual__2013-01-01T00:00:00+00:00", "../../../etc", "a/b", "", ".", "..", "ä" * 300, "$(id)\n"])
+@pytest.mark.parametrize(
+    "run", ["manual__2013-01-01T00:00:00+00:00", "../../../etc", "a/b", "", ".", "..", "ä" * 300, "$(id)\n"]
+)
 def test_any_run_id_becomes_one_plain_segment(house: House, run: str) -> None:
     plan = house.planner().plan(house.request(run=run))
     assert plan.config.folder.count("/") == 4
@@ -260,7 +266,9 @@ def test_safe_names_differ_when_the_texts_do() -> None:
 # -- sources -----------------------------------------------------------------------------------------
 
 
-def test_sources_are_filled_in_and_a_table_gets_its_secret_by_name(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sources_are_filled_in_and_a_table_gets_its_secret_by_name(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ORRERY_SOURCE_FLIGHTS", "postgresql://me:hunter2@db/shop")
     file = '{uri: "${data}/flights/{partition}.parquet", partition: month}'
     plan = house.planner().plan(house.request("ingest"))
@@ -277,7 +285,9 @@ def test_sources_are_filled_in_and_a_table_gets_its_secret_by_name(house: House,
 
 def test_an_unknown_placeholder_names_file_and_field(house: House) -> None:
     (house.folder / "spec.yaml").write_text(SPEC.replace("${data}/flights", "${dta}/flights"))
-    with pytest.raises(SpecError, match=r"spec\.yaml: sources\.flights\.uri: \$\{dta\} is unknown\n.*did you mean 'data'"):
+    with pytest.raises(
+        SpecError, match=r"spec\.yaml: sources\.flights\.uri: \$\{dta\} is unknown\n.*did you mean 'data'"
+    ):
         house.planner().plan(house.request("ingest"))
 
 

@@ -44,7 +44,7 @@ def test_the_whole_loop_without_touching_the_engine(loop: Loop) -> None:
     loop.run("score", NEXT)
     assert tree() == before
     first = scores(loop)
-    assert len(first) == 24 * 40
+    assert len(first) == 24 * 120
     # Who promoted what, on which evidence.
     champion = loop.ledger.champion(PROJECT)
     assert champion is not None and champion.version == version
@@ -73,23 +73,23 @@ def test_a_version_is_retrained_to_the_same_weights(loop: Loop) -> None:
 
 
 def test_an_attempt_is_repeated_from_its_config(loop: Loop) -> None:
-    attempt = loop.manifest("features", DAYS[3]).attempt
-    before = loop.manifest("features", DAYS[3])
+    attempt = loop.manifest("features", DAYS[2]).attempt
+    before = loop.manifest("features", DAYS[2])
     assert "done" in loop.orrery("reproduce", PROJECT, attempt)
-    assert loop.manifest("features", DAYS[3]) == before
+    assert loop.manifest("features", DAYS[2]) == before
 
 
 def test_a_landing_again_supersedes_and_lists_what_is_stale(loop: Loop) -> None:
-    file = Path(loop.env["ORRERY_DATA"].removeprefix("file://")) / "readings" / f"{DAYS[5]}.csv"
+    file = Path(loop.env["ORRERY_DATA"].removeprefix("file://")) / "readings" / f"{DAYS[1]}.csv"
     lines = file.read_text().splitlines()
     file.write_text("\n".join(lines[:-1]) + "\n")
-    text = loop.run("ingest", DAYS[5])
+    text = loop.run("ingest", DAYS[1])
     assert "supersedes an earlier version" in text
-    for stale in (f"validate {DAYS[5]}", f"materialize {DAYS[5]}", f"train {WINDOW}"):
+    for stale in (f"validate {DAYS[1]}", f"materialize {DAYS[1]}", f"train {WINDOW}"):
         assert stale in text
     # Training on the stale day is refused, and the message says what to run.
-    message = loop.run("materialize", DAYS[5], code=64)
-    assert f"run {PROJECT}.ingest for {DAYS[5]}" in message
+    message = loop.run("materialize", DAYS[1], code=64)
+    assert f"run {PROJECT}.ingest for {DAYS[1]}" in message
 
 
 def test_check_and_ledger_read_well(loop: Loop) -> None:

@@ -1,0 +1,292 @@
+"""The command line: messages instead of tracebacks, the right exit codes, and a light `orrery step`."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from core_house import SPEC, House
+
+from orrery import cli, commands, scaffold, spec, yamlfile
+from orrery.errors import RequestError, UserError
+from orrery.ledger import Ledger
+from orrery.spec import KnowledgeBaseSpec, ModelSpec
+
+ORRERY = str(Path(sys.executable).parent / "orrery")
+
+
+@pytest.fixture
+def orrery(house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    """Call the command line as the shell does; return exit code and what was printed."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*argv: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["orrery", *argv])
+        code: object = 0
+        try:
+            cli.main()
+        except SystemExit as e:
+            code = e.code or 0
+        caught = capsys.readouterr()
+        text = caught.out + caught.err
+        assert "Traceback" not in text
+        assert isinstance(code, int)
+        return code, text
+
+    return call
+
+
+# -- orrery step -------------------------------------------------------------------------------------
+
+
+def test_a_step_loads_nothing_for_people(house: House) -> None:
+    """What `orrery step` imports is waited for by every step of every Dag."""
+    code = (
+        "import sys, orrery.cli\nsys.argv = ['orrery', 'step', *sys.argv[1:]]\n"
+        "try:\n    orrery.cli.main()\nexcept SystemExit as e:\n    print(e.code)\n"
+        "heavy = ('rich', 'typer', 'click', 'sqlalchemy', 's3fs', 'aiohttp', 'botocore', 'airflow', 'numpy', 'pyarrow', 'pandas')\n"
+        "print([m for m in heavy if m in sys.modules], [m for m in ('orrery.plan', 'orrery.ledger') if m in sys.modules])\n"
+    )
+    argv = house.put(house.config().model_copy(update={"bundle": "none"}))
+    done = subprocess.run([sys.executable, "-c", code, *argv[2:]], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[] []"
+    assert done.stdout.splitlines()[-2] == "64"  # `probe` is not in that process's catalogue
+    assert "unknown verb 'probe'" in done.stdout
+
+
+def test_the_installed_command_runs_a_step(house: House) -> None:
+    config = house.config().model_copy(update={"verb": "nothing"})
+    done = subprocess.run([ORRERY, *house.put(config)[1:]], capture_output=True, text=True, check=False)
+    assert done.returncode == 64
+    assert "unknown verb 'nothing'" in done.stdout
+    assert house.result(config).status == "user"
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_the_clock_of_a_step_starts_with_its_process() -> None:
+    import time
+
+    code = "import time; time.sleep(0.3); from orrery import cli; print(time.time() - cli._process_start())"
+    began = time.time()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0.28 <= float(done.stdout) <= time.time() - began + 0.05
+
+
+# -- help and mistakes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["", "run", "check", "new", "ledger", "rollback", "reproduce", "up", "down", "status"])
+def test_help(orrery, name: str) -> None:  # type: ignore[no-untyped-def]
+    code, text = orrery(*([name] if name else []), "--help")
+    assert code == 0
+    assert "Usage: orrery" in text
+    if not name:
+        assert all(
+            c in text for c in ("run", "check", "new", "ledger", "rollback", "reproduce", "up", "down", "status")
+        )
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "text"),
+    [
+        (["run", "delay", "ingest", "--partition", "2013-01"], 64, "did you mean 'delays'"),
+        (["run", "../delays", "ingest", "--partition", "2013-01"], 64, "there is no project '../delays'"),
+        (["run", "[red]", "ingest", "--partition", "2013-01"], 64, "there is no project '[red]'"),
+        (["run", "delays", "ingst", "--partition", "2013-01"], 64, "did you mean 'ingest'"),
+        (["run", "delays", "ingest"], 64, "give a partition or a window, not neither"),
+        (["run", "delays", "ingest", "--partition", "2013-01", "--window", "2013-01..2013-02"], 64, "not both"),
+        (["run", "delays", "ingest", "--partition", "2013"], 64, "partition '2013' is not a month"),
+        (["run", "delays", "ingest", "--partition", "２０１３-０１"], 64, "is not a month"),
+        (["run", "delays", "train", "--window", "2013-02..2013-01"], 64, "ends before it begins"),
+        (
+            ["run", "delays", "train", "--window", "2013-01..2013-02", "--sample", "0"],
+            64,
+            "--sample '0' is not a share",
+        ),
+        (["run", "delays", "validate", "--partition", "2013-01"], 64, "has no raw for 2013-01; there is none yet"),
+        (["run", "delays", "promote", "--partition", "2013-01"], 64, "promote needs --version"),
+        (["run", "delays", "rollback", "--partition", "2013-01"], 64, "orrery rollback delays"),
+        (["run", "delays", "train", "--partition", "2013-01", "--version", "1"], 64, "--version is for promote"),
+        (["run", "delays"], 2, "Missing argument"),
+        (["run", "delays", "train", "--colour", "red"], 2, "No such option"),
+        (["check", "delay"], 64, "did you mean 'delays'"),
+        (["ledger", "delays", "--at", "yesterday"], 64, "'yesterday' is not a time"),
+        (["rollback", "delays"], 64, "has no champion"),
+        (["reproduce", "delays", "3"], 64, "has no version '3'"),
+        (["reproduce", "delays", "delays/runs/none/probe/1"], 64, "there is no such attempt"),
+        (["reproduce", "delays", "../../etc/passwd"], 64, "is not a path of the store"),
+        (["new", "Delays"], 64, "'Delays' is not a project name"),
+        (["new", "../evil"], 64, "is not a project name"),
+        (["new", "other", "--kind", "modell"], 64, "did you mean 'model'"),
+        (["new", "other", "--task", "binry"], 64, "did you mean 'binary'"),
+        (["new", "other", "--data", "flights"], 64, "is not NAME=URI"),
+        (["new", "other", "--data", "class=x.parquet"], 64, "'class' is not a source name"),
+        (["new", "other", "--data", "rows=x.parquet"], 64, "'rows' is not a source name"),
+        (["new", "other", "--owner", 'x"""\nimport os'], 64, "is not an owner"),
+        (["new", "delays"], 64, "exists already"),
+        (["step"], 2, "--config"),
+        (["frobnicate"], 2, "No such command"),
+    ],
+)
+def test_mistakes_are_told_without_a_traceback(orrery, argv: list[str], code: int, text: str) -> None:  # type: ignore[no-untyped-def]
+    got, told = orrery(*argv)
+    assert (got, text in told) == (code, True), told
+
+
+@pytest.mark.parametrize(("text", "value"), [("1%", 0.01), ("0.5", 0.5), ("100%", 1.0), ("1", 1.0)])
+def test_shares(text: str, value: float) -> None:
+    assert commands.share(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "%", "0", "0%", "-1%", "101%", "1.5", "nan", "inf", "nan%", "half"])
+def test_no_shares(text: str) -> None:
+    with pytest.raises(RequestError, match="is not a share"):
+        commands.share(text)
+
+
+# -- doing things ------------------------------------------------------------------------------------
+
+
+def test_run_says_how_it_ended_and_then_skips(orrery, house: House) -> None:  # type: ignore[no-untyped-def]
+    code, text = orrery("run", "delays", "probe", "--window", "2013-01..2013-02")
+    assert code == 0
+    assert "✓ probe 2013-01: done" in text
+    assert "✓ probe 2013-02: done" in text
+    assert "it was asked for" in text
+    assert "value 1" in text
+    code, text = orrery("run", "delays", "probe", "--partition", "2013-01")
+    assert (code, "skipped, unchanged since" in text) == (0, True)
+    code, text = orrery("run", "delays", "probe", "--partition", "2013-01", "--force")
+    assert (code, "✓ probe 2013-01: done" in text) == (0, True)
+    assert len(house.manifests()) == 3
+
+
+def test_the_ledger_shows_what_people_wrote_as_they_wrote_it(orrery, house: House) -> None:  # type: ignore[no-untyped-def]
+    book = Ledger(os.environ["ORRERY_LEDGER"])
+    payload = {"version": "7", "model": "m", "from": "6", "reason": "[/oops] because [bold]", "evidence": {"v": "a/b"}}
+    book.record("delays", "promotion", "run-1", "intent", "eve [red]", payload)
+    code, text = orrery("ledger", "delays")
+    assert code == 0
+    assert "unfinished: promotion to version 7" in text
+    assert "champion: none" in text
+    book.record("delays", "promotion", "run-1", "done", "eve [red]", payload)
+    code, text = orrery("ledger", "delays")
+    assert code == 0
+    for part in ("[/oops] because [bold]", "eve [red]", "6 → 7", "a/b", "champion: version 7"):
+        assert part in text
+    assert "unfinished" not in text
+    code, text = orrery("ledger", "delays", "--at", "2000-01-01")
+    assert "champion at 2000-01-01: none" in text
+    code, text = orrery("ledger", "delays", "--json")
+    assert [json.loads(line)["phase"] for line in text.splitlines()] == ["intent", "done"]
+
+
+def test_rollback_goes_to_the_one_before(orrery, house: House) -> None:  # type: ignore[no-untyped-def]
+    models = {v: house.verdict(f"2013-0{v}..2013-0{v}") for v in ("1", "2")}
+    book = Ledger(os.environ["ORRERY_LEDGER"])
+    for version, made in models.items():
+        book.record("delays", "promotion", f"run-{version}", "done", "me", {"version": version, "model": made.path})
+    code, text = orrery("rollback", "delays", "--to", "9")
+    assert (code, "cannot roll back to version '9'" in text) == (64, True)
+    code, text = orrery("rollback", "delays", "--reason", "it drifts")
+    assert (code, "version 2 → 1" in text) == (0, True), text
+    champion = book.champion("delays")
+    assert champion is not None
+    assert (champion.version, champion.model, champion.reason) == ("1", models["1"].path, "it drifts")
+    assert house.store.read("alias") == b"1"
+
+
+def test_reproduce_repeats_an_attempt_and_leaves_what_counts_alone(orrery, house: House) -> None:  # type: ignore[no-untyped-def]
+    config = house.config()
+    house.tell(config)
+    (before,) = house.manifests()
+    code, text = orrery("reproduce", "delays", config.folder)
+    assert (code, "✓ again" in text) == (0, True), text
+    assert len(house.manifests()) == 2
+    assert {m.digest for m in house.manifests()} == {before.digest}
+    assert house.store.latest_manifest("delays", "probed", "2013-01") == before
+    (house.folder / "features.py").write_text("ANSWER = 1\n")
+    assert orrery("reproduce", "delays", f"{config.folder}/config.json")[0] == 0
+    Path(house.store.full(f"bundles/{config.bundle}.tar")).unlink()
+    code, text = orrery("reproduce", "delays", config.folder)
+    assert (code, "code of that time" in text) == (64, True)
+
+
+def test_check_prints_the_schema(orrery) -> None:  # type: ignore[no-untyped-def]
+    code, text = orrery("check", "--schema")
+    assert code == 0
+    assert "ModelSpec" in json.loads(text)["$defs"]
+
+
+def test_check_tells_each_project_that_is_wrong(orrery, house: House) -> None:  # type: ignore[no-untyped-def]
+    (house.folder / "spec.yaml").write_text(SPEC.replace("task: binary", "task: binry"))
+    other = house.folder.parent / "docs"
+    other.mkdir()
+    (other / "spec.yaml").write_text("version: 1\nkind: knowledge_base\nowner: me\nsources: {documents: {uri: x}}\n")
+    code, text = orrery("check")
+    assert code == 64
+    assert "✗ delays" in text
+    assert "spec.yaml:4: task: 'binry' is not allowed" in text
+    assert "✓ docs: knowledge base, 1 sources" in text
+    assert "1 of 2 projects: delays" in text
+
+
+# -- orrery new --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["binary", "multiclass", "regression"])
+def test_a_new_model_is_sound(orrery, house: House, task: str) -> None:  # type: ignore[no-untyped-def]
+    code, text = orrery("new", "fresh", "--task", task, "--owner", "Ops & Co, (x)")
+    assert code == 0
+    folder = house.folder.parent / "fresh"
+    made = {str(p.relative_to(house.home)) for p in [*folder.iterdir(), *(house.home / "dags").iterdir()]}
+    base = "include/projects/fresh"
+    assert made == {*(f"{base}/{f}" for f in ("spec.yaml", "features.py", "model.py", "README.md")), "dags/fresh.py"}
+    assert all(path in text for path in made)
+    loaded = spec.load(folder)
+    assert isinstance(loaded, ModelSpec)
+    assert (loaded.task, loaded.owner) == (task, "Ops & Co, (x)")
+    for path in (folder / "features.py", folder / "model.py", house.home / "dags" / "fresh.py"):
+        assert ast.get_docstring(ast.parse(path.read_text()))
+    assert "Ops & Co" in (house.home / "dags" / "fresh.py").read_text()
+    assert orrery("new", "fresh")[0] == 64
+    assert orrery("run", "fresh", "ingest", "--partition", "2013")[0] == 64
+
+
+@pytest.mark.parametrize("owner", ["ops", "null", "123", "@ops", "- x", "yes", "ärzte"])
+def test_a_new_knowledge_base_is_sound(orrery, house: House, owner: str) -> None:  # type: ignore[no-untyped-def]
+    assert orrery("new", "docs", "--kind", "knowledge_base", "--owner", owner)[0] == 0
+    loaded = spec.load(house.folder.parent / "docs")
+    assert isinstance(loaded, KnowledgeBaseSpec)
+    assert loaded.owner == owner
+
+
+def test_names_of_columns_stay_text(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    evil = 'a"; import os; "'
+    drafted = {
+        "checks": {"unique": evil},
+        "columns": {"flights": {evil: "timestamp", "Zeit\n": "number", '2"Label\\': "number"}},
+    }
+    monkeypatch.setattr(scaffold, "_draft", lambda data: drafted)
+    scaffold.create("evil", "model", {"flights": "x.parquet"}, "binary", "ops")
+    tree = ast.parse((house.folder.parent / "evil" / "features.py").read_text())
+    assigned = {
+        t.id: ast.literal_eval(n.value)
+        for n in tree.body if isinstance(n, ast.Assign)
+        for t in n.targets if isinstance(t, ast.Name)
+    }  # fmt: skip
+    assert (assigned["KEY"], assigned["TIME"], assigned["LABEL"]) == (evil, evil, '2"Label\\')
+    document, _ = yamlfile.read(house.folder.parent / "evil" / "spec.yaml")
+    assert document["label"]["column"] == "label_"
+    assert document["checks"]["unique"] == evil
+
+
+def test_an_unwritable_home_is_told(house: House) -> None:
+    (house.folder.parent / "fresh").write_text("a file")
+    with pytest.raises(UserError, match="check that the folder exists"):
+        scaffold.create("fresh", "model", {}, "binary", "ops")
