@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from orrery import platform
 from orrery.contract import VERBS, Result
@@ -113,8 +112,9 @@ def show(step: str, key: str, result: Result) -> None:
     else:
         spent = ", ".join(f"{k} {v:.1f} s" for k, v in result.seconds.items() if k in ("import", "work", "total"))
         out.print(f"[green]✓[/] {step} {escape(key)}: {result.verdict or 'done'} ({spent})")
-    for reason in result.reasons:
-        out.print(f"    {reason}", markup=False)
+    if result.skipped:  # else the step's own log, above, has told the reasons
+        for reason in result.reasons:
+            out.print(f"    {reason}", markup=False)
     for name, value in result.metrics.items():
         out.print(f"    {name} {value:.5g}", markup=False)
     planner_store = platform.load().store
@@ -185,30 +185,25 @@ def ledger(
         for e in entries:
             print(json.dumps(e.__dict__, sort_keys=True))  # noqa: T201
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("at (UTC)", "what", "who", "from → to", "why, and the evidence"):
-        table.add_column(column, overflow="fold")
+    done = {(e.kind, e.key) for e in entries if e.phase == "done"}
     for e in entries:
+        if e.phase == "intent" and (e.kind, e.key) in done:
+            continue
         p = e.payload
-        change = (
-            f"{p.get('from') or '–'} → {p['version']}"
-            if "version" in p
-            else str(p.get("verdict") or p.get("status", ""))
-        )
-        what = f"{e.kind}{' (intent)' if e.phase == 'intent' else ''}" + (
-            f" {p['verb']} {p['key']}" if e.kind == "run" else ""
-        )
-        why = [p["reason"]] if p.get("reason") else []
-        why += list(p.get("reasons", ()))[:6] + list(p.get("evidence", {}).values())
-        cells = (e.at[:19].replace("T", " "), what, e.actor, change, "\n".join(map(str, why)))
-        table.add_row(*(escape(c) for c in cells))
-    out.print(table)
+        what = f"[bold]{e.kind}[/]{' (intent)' if e.phase == 'intent' else ''}"
+        if "version" in p and e.kind != "run":
+            what += f" {p.get('from') or '–'} → {p['version']}"
+        else:
+            what += f" {p['verb']} {p['key']}: {p.get('verdict') or p.get('status')}"
+        out.print(f"{e.at[:19].replace('T', ' ')}  {what}  by {e.actor}")
+        for line in [p.get("reason"), *p.get("reasons", ()), *(f"{n}: {m}" for n, m in p.get("evidence", {}).items())]:
+            if line:
+                out.print(f"    {line}", markup=False)
     now = book.champion(project, at)
     out.print(
         f"champion{f' at {at}' if at else ''}: "
         + (escape(f"version {now.version} since {now.since[:19]}, by {now.actor}") if now else "none")
     )
-    done = {(e.kind, e.key) for e in entries if e.phase == "done"}
     for e in entries:
         if e.phase == "intent" and (e.kind, e.key) not in done:
             out.print(

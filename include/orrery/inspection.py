@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from orrery.errors import OrreryError
 
@@ -18,7 +19,7 @@ def main(folder: str, project: str) -> None:
     from orrery.training.inspection import inspect_model
 
     try:
-        answer = {
+        answer: dict[str, Any] = {
             "features": inspect_features(Path(folder), project),
             "model": inspect_model(Path(folder), project),
         }

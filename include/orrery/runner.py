@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from orrery import platform
 from orrery.contract import Result, StepConfig
 from orrery.errors import Interrupted, OrreryError, TryAgain, UserError
-from orrery.plan import Plan, Planner, Request
+from orrery.plan import Plan, Planner, Request, safe_name
 from orrery.store import Store
 
 # What a step may not see: the orchestrator's own secrets and addresses.
@@ -280,6 +280,16 @@ def _record(planner: Planner, request: Request, plan: Plan, result: Result) -> N
         planner.ledger.record(
             request.project, "decision", f"{plan.config.run}/{request.key}", "done", request.actor, payload
         )
+
+
+def record_skip(planner: Planner, request: Request, why: str) -> Result:
+    """Record that there was nothing to do, and return that as the result."""
+    result = Result(verdict="skipped", skipped=why, reasons=[why])
+    payload = {"verb": request.verb, "key": request.key, "status": result.status, "verdict": result.verdict}
+    payload |= {"skipped": why, "reasons": result.reasons, "seconds": {}, "metrics": {}}
+    key = f"{request.project}/runs/{safe_name(request.run)}/{request.task}-{request.key}/{request.attempt}"
+    planner.ledger.record(request.project, "run", key, "done", request.actor, payload)
+    return result
 
 
 def relay(line: str, emit: Callable[[int, str, dict[str, Any]], None]) -> None:

@@ -309,7 +309,7 @@ def _compare(bench: Bench, spark: Any, hand: Callable[[], None], alone: Callable
     ours = predictions(bench.score())
     hand()
     agree(ours, predictions(bench.folder / "hand"), ROWS)
-    speed = {name: 0.0 for name in jobs}
+    speed = dict.fromkeys(jobs, 0.0)
     for _ in range(ROUNDS):  # in turn, so that what else the machine does meets all alike
         for name, (rows, job) in jobs.items():
             began = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from typing import get_args
 
 import pytest
@@ -14,7 +15,7 @@ from orrery.errors import RequestError
 from orrery.partitions import Grain
 
 GRAINS: tuple[Grain, ...] = get_args(Grain)
-moments = st.datetimes(datetime(1, 1, 1), datetime(9999, 12, 31, 23), timezones=st.just(UTC))  # noqa: DTZ001
+moments = st.datetimes(datetime(1, 1, 1), datetime(9999, 12, 31, 23), timezones=st.just(UTC))
 grains = st.sampled_from(GRAINS)
 quick = settings(max_examples=60, deadline=None)
 
@@ -51,7 +52,7 @@ def test_windows(moment: datetime, grain: Grain, length: int) -> None:
     assert keys[-1] == last
     assert list(keys) == sorted(set(keys))
     assert p.window(p.window_name(keys), grain) == keys
-    assert all(p.bounds(a, grain)[1] == p.bounds(b, grain)[0] for a, b in zip(keys, keys[1:], strict=False))
+    assert all(p.bounds(a, grain)[1] == p.bounds(b, grain)[0] for a, b in pairwise(keys))
 
 
 def test_leap_days_and_year_ends() -> None:

@@ -236,7 +236,7 @@ def test_no_value_of_a_field_makes_a_traceback(
     try:
         loaded = spec.load(folder)
     except SpecError as e:
-        assert str(e).startswith(str(folder))  # noqa: PT017
+        assert str(e).startswith(str(folder))
     else:
         assert isinstance(loaded, ModelSpec)
         assert all(math.isfinite(b.min or 0) for b in loaded.bounds.values())

@@ -12,10 +12,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from scoring_house import House, features
 
-from orrery.contract import StepConfig
+from orrery.contract import Result, StepConfig
 
 PATIENCE_S = 90.0
 
@@ -147,6 +148,19 @@ def test_killed_between_its_parts_and_the_commit_then_run_again(house):
     assert result["metrics"]["rows"] == 400_000
     assert all("/parts/" in f.path for n, f in manifest.files.items() if n.startswith("part-"))
     assert len({f.path.split("/")[0] for f in manifest.files.values()}) == 1  # of the second attempt alone
+
+
+@pytest.mark.slow
+def test_a_bucket_is_read_and_written_without_a_jar(tmp_path, s3_bucket, expected):
+    house, table = House(tmp_path, f"{s3_bucket}/orrery"), features(120_000)
+    config = house.config(house.features(table), house.model(), params={"spark_master": "local[2]"})
+    credentials = {k: v for k, v in os.environ.items() if k.startswith("AWS_")}
+    done = subprocess.run(argv(house, config), env=environment(house, **credentials), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = Result.model_validate_json(house.store.read(f"{config.folder}/result.json"))
+    scores = house.scores(result)
+    assert scores["key"].equals(table["key"])
+    np.testing.assert_allclose(scores["prediction"].to_numpy(), expected("binary", table), rtol=1e-6)
 
 
 def test_a_jvm_that_is_killed_is_told_in_one_sentence(blocked):

@@ -56,7 +56,7 @@ def note(project: str, run: str) -> str:
         p = entry.payload
         if p["status"] != "done":
             lines.append(f"{p['verb']} {p['key']}: {p.get('error', p['status'])}")
-        elif p["verb"] in ("gate", "promote", "score"):
-            lines.append(f"{p['verb']} {p['key']}: {p.get('verdict') or 'done'}")
+        elif p["verb"] in ("ingest", "gate", "promote", "score"):
+            lines.append(f"{p['verb']} {p['key']}: {p.get('verdict') or p.get('skipped') or 'done'}")
             lines.extend(f"- {reason}" for reason in p.get("reasons", ())[:12])
     return "\n".join(lines)

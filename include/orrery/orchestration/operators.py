@@ -13,7 +13,7 @@ from orrery.contract import VERBS, Result
 from orrery.errors import OrreryError, RequestError
 from orrery.orchestration import links, params
 from orrery.plan import Plan, Planner, Request
-from orrery.runner import LocalProcess, relay, run
+from orrery.runner import LocalProcess, record_skip, relay, run
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -29,11 +29,11 @@ class StepOperator(BaseOperator):
     """
 
     ui_color = "#e8eef7"
-    operator_extra_links = tuple(link() for link in links.LINKS)
 
     def __init__(self, *, project: str, verb: str, window: bool, chain: tuple[str, ...] = (), **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.project, self.verb, self.window, self.chain = project, verb, window, chain
+        self.operator_extra_links = tuple(link() for link in links.BY_VERB.get(verb, ()))
         self._launcher: Any = None
 
     def execute(self, context: Context) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class StepOperator(BaseOperator):
     def _one(self, context: Context, planner: Planner, request: Request) -> Result:
         if self.verb == "score" and planner.champion() is None:
             log.info("%s has no champion yet: there is nothing to score %s with", self.project, request.key)
-            return Result(verdict="skipped", skipped="no champion yet")
+            return record_skip(planner, request, "no champion yet")
         self._launcher = self._make_launcher(context, planner)
         result = run(planner, request, self._launcher)
         if result.skipped:

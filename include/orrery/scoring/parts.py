@@ -25,8 +25,7 @@ from orrery.errors import OrreryError, TryAgain, UserError
 from orrery.store import Store
 from orrery.training.schema import Schema
 
-# Row groups of a features file hold 50,000 rows: two of them are work for some 100 ms, long against the
-# 10 ms that Spark takes to hand out a task, short enough to keep many cores busy to the end.
+# Two row groups of a features file: a quarter of a second of work, so that many cores are busy to the end.
 ROWS_PER_PART = 2 * ROW_GROUP
 # Rows per call of ONNX Runtime: what the layers of a small network hold then stays in a core's cache.
 BATCH = 4096

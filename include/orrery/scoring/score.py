@@ -31,6 +31,8 @@ from orrery.step import Work
 from orrery.training.schema import Schema, is_categorical
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+# Tasks per core: few, since Spark takes some 50 ms for each; some, so that a slow core keeps nobody waiting.
+WAVES = 3
 LOOK_EVERY_S = 2.0
 FEATURES, MODEL, SCHEMA = "features.parquet", "model.onnx", "schema.json"
 
@@ -108,8 +110,8 @@ def _is_text(table: pa.Schema, column: str) -> bool:
 def score_all(job: Job, spark: Any, task: Callable[..., Any] = parts.score_batches) -> list[Part]:
     """Have every part scored; return what the tasks wrote, by index. Raises what a task raised."""
     count = len(job.items)
-    numbers = spark.range(0, count, 1, count)
-    rows = numbers.mapInArrow(partial(task, job=job), parts.RESULT).collect()
+    tasks = min(count, WAVES * spark.sparkContext.defaultParallelism)
+    rows = spark.range(0, count, 1, tasks).mapInArrow(partial(task, job=job), parts.RESULT).collect()
     for row in rows:
         if row["error"] is not None:
             raise _error(json.loads(row["error"]))
