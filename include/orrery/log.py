@@ -38,18 +38,19 @@ def _line(_: Any, __: str, event: dict[str, Any]) -> str:
     level, stamp = str(event.pop("level", "info")).upper(), event.pop("timestamp", "")
     text = str(event.pop("event", ""))
     error = event.pop("exception", None)
-    rest = " ".join(f"{k}={_value(v)}" for k, v in event.items())
+    rest = " ".join(f"{k}={shown(v)}" for k, v in event.items())
     line = f"{stamp} {level:<7} {text}" + (f"  {rest}" if rest else "")
     return line + (f"\n{error}" if error else "")
 
 
-def _value(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return a logged value as people read it: thousands apart, four digits, quotes only where needed."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int):
         return f"{value:,}" if abs(value) >= 10_000 else str(value)
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:,.0f}" if value.is_integer() else f"{value:.4g}"
     text = str(value)
     return repr(text) if " " in text or not text else text
 

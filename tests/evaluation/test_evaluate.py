@@ -70,7 +70,9 @@ def test_the_curves_are_kept_for_people(house: House) -> None:
     features = house.features(rows())
     candidate = house.candidate(linear(MODEL, categories=["c"]), [features])
     result, _, _ = house.evaluate(candidate, [features], house.candidate(linear({"a": 1.0}), [features], "c0"))
-    assert set(result.links) == {"ROC", "Precision-recall", "Calibration", "Slices"}
+    assert set(result.links) == {"Curves", "ROC", "Precision-recall", "Calibration", "Slices"}
+    page = house.store.read(result.links.pop("Curves")).decode()
+    assert page.count("data:image/png;base64,") == len(result.links)
     for path in result.links.values():
         assert house.store.read(path).startswith(b"\x89PNG")
 
@@ -223,7 +225,7 @@ def test_a_regression(tmp_path: Path) -> None:
     assert result.metrics["champion_low"] > 0
     assert report["disparity"]["what"] == "mean error"
     assert report["best_single_feature"]["metric"] == "r2"
-    assert set(result.links) == {"Predicted-actual", "Slices"}
+    assert set(result.links) == {"Curves", "Predicted-actual", "Slices"}
     assert house.gate(manifest).verdict == "promote"
 
 

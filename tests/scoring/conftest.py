@@ -9,12 +9,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from s3 import s3_bucket, s3_endpoint
 from scoring_house import FIXTURES, SCHEMA, House
 
 from orrery.scoring import session
-
-__all__ = ["s3_bucket", "s3_endpoint"]
 
 
 @pytest.fixture

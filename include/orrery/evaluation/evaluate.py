@@ -227,7 +227,8 @@ def _figures(work: Work, rows: Holdout, predictions: Predictions, report: dict[s
 
     title = f"{work.config.project} {work.config.key}"
     drawn = figures.draw(title, work.spec.label.column, rows.y, predictions, report)
-    return {name: work.evidence(f"{name.lower().replace(' ', '_')}.png", data) for name, data in drawn.items()}
+    links = {name: work.evidence(f"{name.lower().replace(' ', '_')}.png", data) for name, data in drawn.items()}
+    return {"Curves": work.evidence("curves.html", figures.page(title, drawn)), **links} if links else {}
 
 
 @contextmanager

@@ -5,6 +5,8 @@ Matplotlib's object interface, without pyplot: no global state, and half the imp
 
 from __future__ import annotations
 
+import base64
+import html
 import io
 from collections.abc import Callable
 from typing import Any
@@ -46,6 +48,17 @@ def draw(
     if report["slices"]:
         out["Slices"] = _slices(title, report)
     return out
+
+
+def page(title: str, drawn: dict[str, bytes]) -> bytes:
+    """Return one HTML page that holds all the PNGs, so that it can be shown where nothing else may be loaded."""
+    images = "".join(
+        f'<figure><img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(data).decode()}"></figure>'
+        for name, data in drawn.items()
+    )
+    style = "body{font:15px system-ui;margin:1rem} figure{display:inline-block;margin:.5rem} img{max-width:100%}"
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style>'
+    return f"{head}<h1>{html.escape(title)}</h1>{images}</html>".encode()
 
 
 def _binary(

@@ -11,6 +11,7 @@ from airflow.sdk.exceptions import AirflowSkipException
 
 from orrery.contract import VERBS, Result
 from orrery.errors import OrreryError, RequestError
+from orrery.log import shown
 from orrery.orchestration import links, params
 from orrery.plan import Plan, Planner, Request
 from orrery.runner import LocalProcess, record_skip, relay, run
@@ -143,7 +144,7 @@ class StepOperator(BaseOperator):
 
 
 def _emit(level: int, event: str, fields: dict[str, Any]) -> None:
-    rest = " ".join(f"{k}={v}" for k, v in fields.items() if k != "exception")
+    rest = " ".join(f"{k}={shown(v)}" for k, v in fields.items() if k != "exception")
     log.log(level, "%s%s", event, f"  {rest}" if rest else "")
     if fields.get("exception"):
         log.log(level, "%s", fields["exception"])

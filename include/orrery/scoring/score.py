@@ -192,7 +192,7 @@ def check_keys(keys: pa.ChunkedArray) -> None:
     """Raise `OrreryError` for a key that is absent or there twice (all keys in memory: some 100 bytes a row)."""
     if keys.null_count:
         raise OrreryError(f"{keys.null_count:,} rows have no key", hint="materialize wrote features without keys")
-    if pc.count_distinct(keys).as_py() == len(keys):
+    if len(keys) == 0 or pc.count_distinct(keys).as_py() == len(keys):
         return
     counts = pc.value_counts(keys)
     twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
