@@ -1,0 +1,129 @@
+"""The Dags as Airflow runs them, by `dag.test()`: true steps in their environments, on the second project's data."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from loop import DAYS, PROJECT, ROOT, Loop
+
+pytestmark = pytest.mark.slow
+
+GOOD, BAD = DAYS[0], DAYS[3]
+# Name -> Dag and conf, in this order. One process for all of them: Airflow takes longer to start than they to run.
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "unknown key": ("ingest", {"partition": GOOD, "partitoin": "x"}),
+    "shell fragment as a key": ("ingest", {"partition": GOOD, "$(touch pwned)": "x"}),
+    "no partition": ("ingest", {}),
+    "dry run": ("ingest", {"partition": GOOD, "dry_run": True}),
+    "first": ("ingest", {"partition": GOOD, "reason": "a test"}),
+    "second": ("ingest", {"partition": GOOD}),
+    "bad data": ("ingest", {"partition": BAD}),
+    "no champion": ("score", {"partition": GOOD}),
+}
+CODE = """
+import json, logging, sys, warnings
+warnings.simplefilter("ignore")
+from pathlib import Path
+from airflow.utils.db import initdb
+initdb()
+from airflow.dag_processing.dagbag import DagBag, sync_bag_to_db
+from airflow.dag_processing.bundles.manager import DagBundlesManager
+DagBundlesManager().sync_bundles_to_db()
+bag = DagBag(sys.argv[1])
+assert not bag.import_errors, bag.import_errors
+sync_bag_to_db(bag, "dags-folder", None)
+store = Path(sys.argv[3])
+for name, (verb, conf) in json.loads(sys.argv[2]).items():
+    handler = logging.StreamHandler(sys.stdout)
+    logging.getLogger("orrery").addHandler(handler)
+    logging.getLogger("orrery").setLevel(logging.INFO)
+    print(f"BEGIN {name}", flush=True)
+    # A fresh bag each time: dag.test() writes a run's conf into the params of the Dag object itself.
+    run = DagBag(sys.argv[1]).dags[f"house_energy.{verb}"].test(run_conf=conf)
+    tasks = {t.task_id: str(t.state) for t in run.get_task_instances()}
+    committed = sorted(p.parts[-3] for p in store.glob("*/*/manifest.json"))
+    print("END" + json.dumps({"state": str(run.state), "tasks": tasks, "committed": committed}), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def loop(tmp_path_factory: pytest.TempPathFactory) -> Loop:
+    return Loop(tmp_path_factory.mktemp("dags"), "http://127.0.0.1:9")
+
+
+@pytest.fixture(scope="module")
+def runs(loop: Loop) -> dict[str, tuple[dict[str, Any], str]]:
+    """Run them all; return for each its end and its log."""
+    bad = Path(loop.env["ORRERY_DATA"].removeprefix("file://")) / "readings" / f"{BAD}.csv"
+    bad.write_text(bad.read_text().replace(",gas,", ",coal,"))
+    folder = ROOT / "tests" / "projects" / "dags"
+    env = loop.env | {
+        "AIRFLOW_HOME": str(loop.home / "airflow"),
+        "AIRFLOW__CORE__DAGS_FOLDER": str(folder),
+        "AIRFLOW__CORE__PLUGINS_FOLDER": str(ROOT / "plugins"),
+        "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+        "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{loop.home}/airflow.db",
+    }
+    argv = [sys.executable, "-c", CODE, str(folder), json.dumps(RUNS), str(loop.home / "store" / PROJECT)]
+    done = subprocess.run(
+        argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    found = {}
+    for part in done.stdout.split("BEGIN ")[1:]:
+        name, _, log = part.partition("\n")
+        end = next(line for line in log.splitlines() if line.startswith("END"))
+        found[name] = (json.loads(end.removeprefix("END")), log)
+    assert list(found) == list(RUNS)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("unknown key", "unknown key 'partitoin'"),
+        ("shell fragment as a key", "unknown key"),
+        ("no partition", "names no partition"),
+    ],
+)
+def test_a_hostile_or_empty_request_ends_at_the_first_task(loop: Loop, runs: dict, name: str, said: str) -> None:
+    end, log = runs[name]
+    assert end["state"] == "failed"
+    assert said in log
+    assert end["committed"] == []
+    assert not list(loop.home.rglob("pwned")) and not list(ROOT.glob("pwned"))
+
+
+def test_a_dry_run_says_what_it_would_do_and_does_nothing(runs: dict) -> None:
+    end, log = runs["dry run"]
+    assert end["state"] == "success" and set(end["tasks"].values()) == {"skipped"}
+    assert "would run materialize" in log
+    assert end["committed"] == []
+
+
+def test_a_partition_goes_through_ingest_and_a_second_time_it_is_skipped(runs: dict) -> None:
+    end, log = runs["first"]
+    assert end["state"] == "success", log[-4000:]
+    assert end["committed"] == ["ingest", "materialize", "validate"]
+    end, log = runs["second"]
+    assert end["state"] == "success"
+    assert f"materialize {GOOD}: skipped, unchanged since" in log
+    assert end["committed"] == ["ingest", "materialize", "validate"]
+
+
+def test_scoring_without_a_champion_is_green_and_says_so(runs: dict) -> None:
+    end, log = runs["no champion"]
+    assert end["state"] == "success"
+    assert "has no champion yet" in log
+
+
+def test_bad_data_fail_at_once_with_a_message_and_data_docs(loop: Loop, runs: dict) -> None:
+    end, log = runs["bad data"]
+    assert end["tasks"]["validate"] == "failed"
+    assert "heating" in log and "coal" in log
+    assert list((loop.home / "store" / PROJECT / "runs").rglob("data_docs/index.html"))
