@@ -37,7 +37,7 @@ CUDA = ("nvidia-", "cuda-")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "environments", nargs="*", metavar="ENV", help="airflow, ml, spark, dev, upstream (the demo's data) or bench (the benchmarks' rivals)"
+        "environments", nargs="*", metavar="ENV", help="one of: " + ", ".join((*ENVIRONMENTS, "dev", *DATA))
     )
     parser.add_argument("--test", action="store_true", help="add tests/requirements.txt to each environment")
     parser.add_argument("--lock", action="store_true", help="re-resolve every requirements.txt from pyproject.toml")

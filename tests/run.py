@@ -10,18 +10,18 @@ import argparse
 import os
 import re
 import subprocess
-import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VENVS = Path(os.environ.get("ORRERY_VENVS", ROOT / ".venvs"))
 # Test folder -> environment. tests/architecture proves that no folder is left out.
 FOLDERS = {
+    "faults": ("faults",),
     "airflow": ("core", "architecture", "dags", "orchestration", "servers", "projects"),
     "ml": ("data", "features", "training", "evaluation", "registry"),
     "spark": ("scoring",),
-    "faults": ("faults",),
 }
 ENVIRONMENT = {"airflow": "airflow", "ml": "ml", "spark": "spark", "faults": "airflow"}
 
@@ -38,13 +38,43 @@ def commands() -> dict[str, list[list[str]]]:
         "lint": [
             [binary("dev", "ruff"), "check", "."],
             [binary("dev", "ruff"), "format", "--check", "."],
-        ],
-        "types": [[mypy, *python, "-p", "orrery"], [mypy, *python, "docker/venv.py", "include/demo"]],
+        ]
     }
+    # The longest first, so that two at a time end together.
     for group, folders in FOLDERS.items():
         there = [f"tests/{f}" for f in folders if any((ROOT / "tests" / f).glob("test_*.py"))]
         groups[group] = [[binary(ENVIRONMENT[group], "pytest"), *there]] if there else []
+    groups["types"] = [[mypy, *python, "-p", "orrery"], [mypy, *python, "docker/venv.py", "include/demo"]]
     return groups
+
+
+class Group:
+    """One group's commands, its output kept until it ends: two groups run at a time."""
+
+    def __init__(self, name: str, commands: list[list[str]], env: dict[str, str]) -> None:
+        self.name, self.commands, self.env = name, commands, env
+        self.failed, self.passed, self.summary = False, 0, list[str]()
+
+    def run(self) -> None:
+        for command in self.commands:
+            began = time.monotonic()
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                env=self.env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                check=False,
+            )
+            self.passed += sum(int(n) for n in re.findall(r"(\d+) passed", done.stdout))
+            self.failed = self.failed or done.returncode != 0
+            state = "ok" if done.returncode == 0 else f"FAILED ({done.returncode})"
+            line = f"{self.name:8} {Path(command[0]).name:8} {state:12} {time.monotonic() - began:5.0f} s"
+            self.summary.append(line)
+            print(
+                f"\n=== {self.name}: {Path(command[0]).name} {' '.join(command[1:])}\n{done.stdout}{line}", flush=True
+            )
 
 
 def main() -> int:
@@ -52,31 +82,16 @@ def main() -> int:
     known = commands()
     parser.add_argument("--only", choices=sorted(known), help="one group")
     args = parser.parse_args()
-    failed, passed, summary = [], 0, []
     # A test must never find the servers, the store or the projects of the person who runs it.
     env = {k: v for k, v in os.environ.items() if not k.startswith(("ORRERY_", "AIRFLOW_", "MLFLOW_", "AWS_ENDPOINT"))}
     env |= {k: v for k, v in os.environ.items() if k in ("ORRERY_VENVS", "ORRERY_FAULT_KILLS")}
-    for group in [args.only] if args.only else list(known):
-        for command in known[group]:
-            print(f"\n=== {group}: {Path(command[0]).name} {' '.join(command[1:])}", flush=True)
-            began = time.monotonic()
-            done = subprocess.Popen(
-                command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-            assert done.stdout is not None
-            for line in done.stdout:
-                sys.stdout.write(line)
-                sys.stdout.flush()
-                if match := re.search(r"(\d+) passed", line):
-                    passed += int(match.group(1))
-            code = done.wait()
-            summary.append(
-                f"{group:8} {Path(command[0]).name:8} {'ok' if code == 0 else f'FAILED ({code})':12} {time.monotonic() - began:5.0f} s"
-            )
-            if code:
-                failed.append(group)
-    print("\n" + "\n".join(summary))
-    print(f"\n{passed} passed, {len(failed)} failed", flush=True)
+    groups = [Group(name, known[name], env) for name in ([args.only] if args.only else known)]
+    print(f"running {', '.join(g.name for g in groups)}; each prints when it ends", flush=True)
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        list(pool.map(Group.run, groups))
+    print("\n" + "\n".join(line for g in groups for line in g.summary))
+    failed = [g.name for g in groups if g.failed]
+    print(f"\n{sum(g.passed for g in groups)} passed, {len(failed)} failed", flush=True)
     return 1 if failed else 0
 
 

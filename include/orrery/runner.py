@@ -285,7 +285,8 @@ def _record(planner: Planner, request: Request, plan: Plan, result: Result) -> N
 def record_skip(planner: Planner, request: Request, why: str) -> Result:
     """Record that there was nothing to do, and return that as the result."""
     result = Result(verdict="skipped", skipped=why, reasons=[why])
-    payload = {"verb": request.verb, "key": request.key, "status": result.status, "verdict": result.verdict}
+    payload: dict[str, Any] = {"verb": request.verb, "key": request.key, "status": result.status}
+    payload["verdict"] = result.verdict
     payload |= {"skipped": why, "reasons": result.reasons, "seconds": {}, "metrics": {}}
     key = f"{request.project}/runs/{safe_name(request.run)}/{request.task}-{request.key}/{request.attempt}"
     planner.ledger.record(request.project, "run", key, "done", request.actor, payload)

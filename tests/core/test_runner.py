@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -281,8 +282,12 @@ def test_a_crash_in_a_promotion_is_repaired_by_the_next_attempt(
         assert house.store.read("alias") == b"1"
     assert phases() == [("intent", "1")]
     assert book().champion("delays") is None
-    runner.run(house.planner(), promotion(house, attempt=2), forked(house))
+    # Whoever clears the task finishes what was intended, in the words of the one who intended it.
+    again = dataclasses.replace(promotion(house, attempt=2), actor="bob", reason="cleared")
+    runner.run(house.planner(), again, forked(house))
     assert phases() == [("intent", "1"), ("done", "1")]
+    intent, done = book().find("delays", "promotion")
+    assert (done.actor, done.payload) == ("eve", intent.payload)
     assert house.store.read("alias") == b"1"
 
 

@@ -60,7 +60,7 @@ def kill_once(loop: Loop, verb: str, key: str, more: tuple[str, ...], after: flo
     """Start a step, SIGKILL it (or its orchestrator, or both) after some seconds; return whether it was hit."""
     process = loop.start(verb, key, *more)
     try:
-        process.wait(after)
+        process.communicate(timeout=after)
         return False
     except subprocess.TimeoutExpired:
         pass

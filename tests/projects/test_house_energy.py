@@ -48,7 +48,7 @@ def test_the_whole_loop_without_touching_the_engine(loop: Loop) -> None:
     # Who promoted what, on which evidence.
     champion = loop.ledger.champion(PROJECT)
     assert champion is not None and champion.version == version
-    promotions = [e for e in loop.ledger.find(PROJECT, "promotion")]
+    promotions = list(loop.ledger.find(PROJECT, "promotion"))
     assert [e.phase for e in promotions] == ["intent", "done"]
     assert set(promotions[1].payload["evidence"]) == {"evaluation", "verdict"}
     # Scoring again gives the same rows once.

@@ -52,13 +52,14 @@ def draw(
 
 def page(title: str, drawn: dict[str, bytes]) -> bytes:
     """Return one HTML page that holds all the PNGs, so that it can be shown where nothing else may be loaded."""
+    encoded = {html.escape(name): base64.b64encode(data).decode() for name, data in drawn.items()}
     images = "".join(
-        f'<figure><img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(data).decode()}"></figure>'
-        for name, data in drawn.items()
+        f'<figure><img alt="{name}" src="data:image/png;base64,{data}"></figure>' for name, data in encoded.items()
     )
     style = "body{font:15px system-ui;margin:1rem} figure{display:inline-block;margin:.5rem} img{max-width:100%}"
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style>'
-    return f"{head}<h1>{html.escape(title)}</h1>{images}</html>".encode()
+    title = html.escape(title)
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{style}</style>'
+    return f"{head}<h1>{title}</h1>{images}</html>".encode()
 
 
 def _binary(

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 class PodStepOperator(StepOperator, KubernetesPodOperator):
     """Runs one verb in a pod. What is asked for, planned, skipped and recorded is `StepOperator`'s."""
 
+    labels: Any
+
     def __init__(
         self, *, project: str, verb: str, window: bool, compute: str, chain: tuple[str, ...] = (), **kwargs: Any
     ) -> None:
