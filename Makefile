@@ -4,7 +4,6 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 VENVS := $(if $(ORRERY_VENVS),$(ORRERY_VENVS),.venvs)
 export UV_PYTHON_DOWNLOADS := never
-export PYTHONWARNINGS ?= default
 
 .PHONY: help demo test test-faults up down status check lock bench environments test-environments clean
 

@@ -19,7 +19,7 @@ VENVS = Path(os.environ.get("ORRERY_VENVS", ROOT / ".venvs"))
 # Test folder -> environment. tests/architecture proves that no folder is left out.
 FOLDERS = {
     "faults": ("faults",),
-    "airflow": ("core", "architecture", "dags", "orchestration", "servers", "projects"),
+    "airflow": ("core", "architecture", "dags", "servers", "projects"),
     "ml": ("data", "features", "training", "evaluation", "registry"),
     "spark": ("scoring",),
 }
@@ -85,6 +85,7 @@ def main() -> int:
     # A test must never find the servers, the store or the projects of the person who runs it.
     env = {k: v for k, v in os.environ.items() if not k.startswith(("ORRERY_", "AIRFLOW_", "MLFLOW_", "AWS_ENDPOINT"))}
     env |= {k: v for k, v in os.environ.items() if k in ("ORRERY_VENVS", "ORRERY_FAULT_KILLS")}
+    env["ORT_DISABLE_TELEMETRY"] = "1"
     groups = [Group(name, known[name], env) for name in ([args.only] if args.only else known)]
     print(f"running {', '.join(g.name for g in groups)}; each prints when it ends", flush=True)
     with ThreadPoolExecutor(max_workers=2) as pool:

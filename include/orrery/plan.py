@@ -220,9 +220,18 @@ class Planner:
         candidate = self._latest("candidate", request.key, "train")
         inputs = {"features": candidate.inputs["features"], "candidate": (candidate.ref,)}
         champion = self.champion()
-        if champion is not None and (model := self.store.manifest(champion.model)) is not None:
-            inputs["champion"] = (model.ref,)
+        if champion is not None:
+            inputs["champion"] = (self._model_of(champion).ref,)
         return inputs
+
+    def _model_of(self, champion: Champion) -> Manifest:
+        model = self.store.manifest(champion.model)
+        if model is None:
+            raise RequestError(
+                f"the model of champion version {champion.version} ({champion.model}) is gone from {self.store.uri}",
+                hint=f"restore it, or: orrery rollback {self.project}",
+            )
+        return model
 
     def _inputs_gate(self, request: Request) -> dict[str, tuple[Ref, ...]]:
         return {"evaluation": (self._latest("evaluation", request.key, "evaluate").ref,)}
@@ -249,12 +258,8 @@ class Planner:
         champion = self.champion()
         if champion is None:
             raise RequestError(f"{self.project} has no champion yet", hint=f"run {self.project}.train")
-        model = self.store.manifest(champion.model)
-        if model is None:
-            raise RequestError(
-                f"the champion's model {champion.model} is gone from {self.store.uri}", hint="orrery rollback"
-            )
-        return {"features": (self._fresh("features", request.key, "materialize", "clean").ref,), "model": (model.ref,)}
+        features = self._fresh("features", request.key, "materialize", "clean")
+        return {"features": (features.ref,), "model": (self._model_of(champion).ref,)}
 
     def champion(self) -> Champion | None:
         """Return the model version in use, by the ledger."""

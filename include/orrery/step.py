@@ -288,6 +288,8 @@ def main(argv: list[str], started: float) -> int:
     parser.add_argument("--result", required=True, metavar="URI", help="where the result document goes")
     args = parser.parse_args(argv)
     log.configure()
+    # onnxruntime uploads usage events unless told not to before it is imported; nobody asked our users.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     return attempt(args.config, args.result, started)
 
 

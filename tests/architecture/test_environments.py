@@ -24,7 +24,7 @@ VENVS = Path(os.environ.get("ORRERY_VENVS", ROOT / ".venvs"))
 
 def pins(file: Path) -> dict[str, Version]:
     """Return name and version of every line; each must pin exactly."""
-    found = {}
+    found: dict[str, Version] = {}
     for line in file.read_text().splitlines():
         if not line.strip() or line.lstrip().startswith("#"):
             continue

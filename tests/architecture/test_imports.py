@@ -6,7 +6,6 @@ import ast
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,12 +21,11 @@ LIGHT = ("spec", "platform", "errors", "contract", "plan", "runner", "ledger", "
 LINT = [str(VENVS / "dev" / "bin" / "lint-imports"), "--no-cache", "--no-logo"]
 
 
-def loaded(python: Path, modules: list[str], suspects: set[str], home: Path | None = None) -> set[str]:
-    """Return which suspects a fresh Python holds after it has imported these modules; Airflow's files go to `home`."""
-    env = {**os.environ, "AIRFLOW_HOME": str(home), "AIRFLOW__CORE__UNIT_TEST_MODE": "False"} if home else None
+def loaded(python: Path, modules: list[str], suspects: set[str]) -> set[str]:
+    """Return which suspects a fresh Python holds after it has imported these modules."""
     code = f"import sys\nfor m in {modules}:\n    __import__(m)\nprint(*(set(sys.modules) & {suspects}))"
-    done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=env)
-    return set(done.stdout.splitlines()[-1].split())
+    done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    return set(done.stdout.split())
 
 
 def test_light_modules_load_nothing_heavy_where_it_is_installed() -> None:
@@ -36,15 +34,6 @@ def test_light_modules_load_nothing_heavy_where_it_is_installed() -> None:
         pytest.skip("the ml environment, in which there would be something to load, has not been made")
     assert loaded(python, ["numpy"], HEAVY) == {"numpy"}
     assert loaded(python, [f"orrery.{m}" for m in LIGHT], HEAVY) == set()
-
-
-def test_orchestration_loads_airflow_and_nothing_heavy_of_ours(tmp_path: Path) -> None:
-    """Airflow itself may load what it likes; our modules beside it add nothing."""
-    modules = [
-        f"orrery.orchestration.{p.stem}" for p in (PACKAGE / "orchestration").glob("*.py") if p.stem != "__init__"
-    ]
-    found = loaded(Path(sys.executable), modules, HEAVY, tmp_path)
-    assert found == {"airflow"}
 
 
 def top_level_imports(file: Path) -> set[str]:
@@ -76,6 +65,11 @@ def test_dags_plugins_and_packages_are_light() -> None:
     assert len(files) > 20
     for file in files:
         assert not top_level_imports(file) & (HEAVY - {"airflow"}), file
+
+
+def test_orchestration_imports_airflow_and_nothing_heavy() -> None:
+    found = {p.name: top_level_imports(p) & HEAVY for p in (PACKAGE / "orchestration").rglob("*.py")}
+    assert set().union(*found.values()) == {"airflow"}
 
 
 def test_only_orchestration_dags_and_plugins_name_airflow() -> None:

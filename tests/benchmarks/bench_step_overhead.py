@@ -51,15 +51,17 @@ def external_python() -> float:
 
     warnings.simplefilter("ignore")
     from airflow.providers.standard.operators.python import ExternalPythonOperator
+    from airflow.sdk import DAG
     from loop import VENVS
 
-    operator = ExternalPythonOperator(
-        task_id="nothing",
-        python=str(VENVS / "ml" / "bin" / "python"),
-        python_callable=nothing,
-        expect_airflow=False,
-        expect_pendulum=False,
-    )
+    with DAG("bench", schedule=None):
+        operator = ExternalPythonOperator(
+            task_id="nothing",
+            python=str(VENVS / "ml" / "bin" / "python"),
+            python_callable=nothing,
+            expect_airflow=False,
+            expect_pendulum=False,
+        )
     began = time.monotonic()
     operator.execute({"ti": SimpleNamespace(bundle_instance=None)})
     return time.monotonic() - began

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ class House:
         return [m for m in found if m is not None]
 
     def commit(
-        self, verb: str, dataset: str, key: str, *, inputs: dict[str, tuple[Ref, ...]] | None = None, **result: Any
+        self, verb: str, dataset: str, key: str, *, inputs: Mapping[str, tuple[Ref, ...]] | None = None, **result: Any
     ) -> Manifest:
         """Commit and publish an output made up by the test; its content is its key and `result`."""
         address = content_digest({"x": File(path="x", size=0, sha256=f"{verb}{key}{result}{inputs}")})[:32]
@@ -138,7 +139,7 @@ class House:
         files = {"out.json": File(path="a1/out.json", size=len(data), sha256=f"{key}{result}")}
         manifest = Manifest(
             project=self.project, verb=verb, key=key, address=address, files=files,
-            digest=content_digest(files), inputs=inputs or {}, result=result, created="2013-01-01T00:00:00.000+00:00",
+            digest=content_digest(files), inputs=dict(inputs or {}), result=result, created="2013-01-01T00:00:00.000+00:00",
         )  # fmt: skip
         self.store.put_if_absent(manifest.path, manifest.model_dump_json().encode())
         self.store.publish(self.project, dataset, key, manifest, manifest.created)

@@ -44,7 +44,7 @@ def test_once_per_project_kind_key_and_phase(url: str) -> None:
         ("p", "run", "l", "done"),
         ("p", "run", "k", "intent"),
     ):
-        assert book.record(*other, "me", {})  # type: ignore[arg-type]
+        assert book.record(*other, "me", {})
     entry = book.get("p", "run", "k", "done")
     assert entry is not None
     assert (entry.actor, entry.payload) == ("me", {"n": 1})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from core_house import SPEC, House
@@ -16,7 +17,7 @@ from orrery.plan import Planner, Request, safe_name
 from orrery.store import Ref
 
 
-def prints(house: House, **kwargs: object) -> dict[str, str]:
+def prints(house: House, **kwargs: Any) -> dict[str, str]:
     return house.planner().plan(house.request(**kwargs)).config.fingerprint
 
 

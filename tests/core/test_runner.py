@@ -92,7 +92,7 @@ def test_a_sources_secret_reaches_the_step_that_reads_it_alone(house: House, mon
 @pytest.mark.parametrize("how", ["stop", "end", "vanish"])
 def test_nothing_that_a_step_started_outlives_it(house: House, how: str) -> None:
     """A step's child holds the log open: without its end the reader would wait for ever."""
-    launch, ends = LocalProcess(on_line=lambda line: None), []
+    launch, ends = LocalProcess(on_line=lambda line: None), list[object]()
 
     def carry() -> None:
         try:

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+import yaml
 from core_house import SPEC
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -228,10 +229,8 @@ def test_the_json_schema_for_editors() -> None:
 def test_no_value_of_a_field_makes_a_traceback(
     tmp_path_factory: pytest.TempPathFactory, value: object, field: str
 ) -> None:
-    import yaml
-
     folder = tmp_path_factory.getbasetemp()
-    document = {**yamlfile.yaml.load(SPEC, yamlfile.Loader), field: value}
+    document = {**yaml.load(SPEC, yamlfile.Loader), field: value}
     (folder / "spec.yaml").write_text(yaml.safe_dump(document, allow_unicode=True))
     try:
         loaded = spec.load(folder)

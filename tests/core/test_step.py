@@ -14,8 +14,8 @@ from core_house import House, ended
 from core_verbs import wait_for
 
 from orrery import lease, step
-from orrery.contract import StepConfig
-from orrery.errors import RequestError, UserError
+from orrery.contract import Result, StepConfig
+from orrery.errors import Fenced, RequestError, UserError
 from orrery.lease import Lease
 from orrery.step import Work
 
@@ -232,10 +232,10 @@ def test_the_orphan_is_fenced_and_its_late_commit_refused(house: House, tmp_path
         work.write_json("out.json", {"value": 1.0})
         assert house.tell(house.config(2))[0] == 0
         (before,) = house.manifests()
-        with pytest.raises(step.Interrupted, match="has taken over"):
-            work.commit(step.Result())
+        with pytest.raises(Fenced, match="has taken over"):
+            work.commit(Result())
         work._lease = None  # an orphan that looked just before: the manifest is there, and stays
-        assert work.commit(step.Result()) == before
+        assert work.commit(Result()) == before
     assert only(house) == OUT
 
 
@@ -254,7 +254,7 @@ def test_a_kill_between_manifest_and_pointer_is_repaired(house: House, tmp_path:
     config = house.config()
     work = Work(config, house.store, tmp_path)
     work.write_json("out.json", {"value": 1.0})
-    manifest = work.commit(step.Result(metrics={"value": 1.0}))
+    manifest = work.commit(Result(metrics={"value": 1.0}))
     assert house.store.latest("delays", "probed", "2013-01") is None
     plan = house.planner().plan(house.request(attempt=2, options={"marks": str(house.marks)}))
     assert plan.done is None  # committed is not enough: nobody finds it

@@ -364,10 +364,49 @@ def listening(family: list[Process]) -> set[str]:
     return {fields[1] for fields in lines if fields[3] == "0A" and f"socket:[{fields[9]}]" in owned}
 
 
+def refuse_hostile_requests(api: AirflowApi) -> None:
+    """What REST lets through (an unknown key) ends 64 at the first task; the rest is a 400."""
+    api.wait_for_dags("flight_delay.ingest")
+    for value in ("../../etc/passwd", "2013-01; touch pwned", "$(touch pwned)", "2013-1"):
+        with pytest.raises(RequestError):
+            api.trigger("flight_delay.ingest", {"partition": value})
+    with pytest.raises(RequestError):
+        api.trigger("flight_delay.ingest", {"partition": "2013-01", "force": "rm -rf /"})
+    unknown = api.wait(api.trigger("flight_delay.ingest", {"partition": "2013-01", "$(touch pwned)": "x"}), timeout=180)
+    assert unknown.state == "failed"
+    tasks = {t.task_id: t for t in api.tasks(unknown)}
+    assert tasks["ingest"].state == "failed" and tasks["ingest"].try_number == 1, "64 is never tried again"
+    assert "unknown key" in api.failures(unknown)
+
+
+def guard_evidence(api: AirflowApi, home: Path) -> None:
+    """Evidence is for whom Airflow has logged in, and nothing else of the store is served."""
+    path = "flight_delay/runs/r/validate/1/evidence/a.html"
+    file = home / "var" / "store" / path
+    file.parent.mkdir(parents=True)
+    file.write_text("<script>alert(1)</script>")
+    (home / "var" / "store" / "flight_delay" / "secret.json").write_text("{}")
+    base, bearer = f"{api.url}/orrery/evidence/flight_delay.ingest", {"Authorization": f"Bearer {api._token}"}
+    get = partial(httpx.get, trust_env=False, timeout=30)
+    assert get(f"{base}/{path}").status_code == httpx.codes.UNAUTHORIZED
+    assert get(f"{base}/{path}", headers={"Authorization": "Bearer x"}).status_code in (401, 403)
+    shown = get(f"{base}/{path}", headers=bearer)
+    assert shown.status_code == httpx.codes.OK and shown.text.startswith("<script>")
+    assert shown.headers["content-security-policy"].startswith("sandbox; default-src 'none'")
+    for other in ("flight_delay/secret.json", "..%2f..%2fetc%2fpasswd", f"{path}/..%2f..%2f..%2f..%2f..%2fsecret.json"):
+        assert get(f"{base}/{other}", headers=bearer).status_code == httpx.codes.NOT_FOUND, other
+    elsewhere = base.replace("flight_delay.ingest", "probe")
+    assert get(f"{elsewhere}/{path}", headers=bearer).status_code == httpx.codes.NOT_FOUND
+
+
 @pytest.mark.slow
 def test_up_run_down_and_a_launcher_killed_half_way(home: Path) -> None:
     (home / "dags" / "probe.py").write_text(DAG)
     (home / settings.FILE).write_text((ROOT / settings.FILE).read_text())
+    for name in ("include", "docker"):
+        (home / name).symlink_to(ROOT / name)
+    (home / "plugins" / "orrery_plugin.py").symlink_to(ROOT / "plugins" / "orrery_plugin.py")
+    (home / "dags" / "flight_delay.py").write_text((ROOT / "dags" / "flight_delay.py").read_text())
 
     # A launcher that is killed half-way leaves its servers starting; the next `up` takes them over.
     launch = [sys.executable, "-c", CALL.format("up")]
@@ -399,6 +438,8 @@ def test_up_run_down_and_a_launcher_killed_half_way(home: Path) -> None:
             api.trigger("probe", partition_key="gibberish")
         with pytest.raises(RequestError, match="it exists already"):
             api.trigger("probe", run_id=good.run_id)
+        refuse_hostile_requests(api)
+        guard_evidence(api, home)
     tracking = config.url("mlflow")
     made = httpx.post(f"{tracking}/api/2.0/mlflow/experiments/create", json={"name": "e"}, trust_env=False, timeout=30)
     assert made.status_code == httpx.codes.OK, made.text
