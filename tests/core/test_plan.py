@@ -311,5 +311,5 @@ def test_a_champion_whose_model_is_gone(house: House) -> None:
     landed(house, "2013-01")
     payload = {"version": "1", "model": "delays/train/gone/manifest.json"}
     Ledger(os.environ["ORRERY_LEDGER"]).record("delays", "promotion", "run-0", "done", "me", payload)
-    with pytest.raises(UserError, match="the champion's model delays/train/gone/manifest.json is gone"):
+    with pytest.raises(UserError, match="the model of champion version 1 .delays/train/gone/manifest.json. is gone"):
         house.planner().plan(house.request("score"))
