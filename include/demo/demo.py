@@ -130,28 +130,15 @@ def timed(seconds: dict[str, float], name: str, do: Callable[[], Any]) -> Any:
 
 
 def tell() -> dict[str, Any]:
-    """Run the story; return the report."""
+    """Bring everything up, run the story, and return the report."""
     began, seconds = time.monotonic(), dict[str, float]()
     book = Ledger(platform.load().ledger)
     before = len(book.find(PROJECT, "run"))
-    console.print(f"landing {', '.join(WINDOW)} from the upstream system")
+    console.print(f"landing {WINDOW[0]} to {SCORED} from the upstream system")
     timed(seconds, "land", lambda: land((*WINDOW, SCORED)))
     timed(seconds, "servers", servers.up)
-    api = AirflowApi.of()
-    api.wait_for_dags(f"{PROJECT}.ingest", f"{PROJECT}.train", f"{PROJECT}.score")
-    story = Story(api, began)
-    ingest = [(f"{PROJECT}.ingest", key) for key in WINDOW]
-    for dag, key in ingest:
-        api.trigger(dag, {"reason": "make demo"}, partition_key=key)
-    timed(seconds, "ingest", lambda: story.wait(ingest, "ingest"))
-    train = timed(seconds, "train", lambda: story.wait([(f"{PROJECT}.train", QUARTER)], "training", 900))[0]
-    if book.champion(PROJECT) is None:
-        raise UserError(
-            "there is no champion: the gate kept the candidate", hint="; ".join(_reasons(book)) or "see the task `gate`"
-        )
-    api.trigger(f"{PROJECT}.ingest", {"reason": "make demo"}, partition_key=SCORED)
-    timed(seconds, "ingest_april", lambda: story.wait([(f"{PROJECT}.ingest", SCORED)], "ingest"))
-    score = timed(seconds, "score", lambda: story.wait([(f"{PROJECT}.score", SCORED)], "scoring"))[0]
+    with AirflowApi.of() as api:
+        runs = loop(api, book, began, seconds)
     quality = timed(seconds, "measure", lambda: measure(SCORED))
     seconds["total"] = round(time.monotonic() - began, 1)
     steps = [e.payload for e in book.find(PROJECT, "run")[before:]]
@@ -164,8 +151,26 @@ def tell() -> dict[str, Any]:
         "scored": quality,
         "seconds": seconds,
         "steps": [{k: p.get(k) for k in ("verb", "key", "skipped", "seconds")} for p in steps],
-        "runs": {"train": train.run_id, "score": score.run_id},
+        "runs": runs,
     }
+
+
+def loop(api: AirflowApi, book: Ledger, began: float, seconds: dict[str, float]) -> dict[str, str]:
+    """Ask Airflow for the ingests; trainings and scores follow by assets. Return the ids of those runs."""
+    api.wait_for_dags(f"{PROJECT}.ingest", f"{PROJECT}.train", f"{PROJECT}.score")
+    story = Story(api, began)
+    ingest = [(f"{PROJECT}.ingest", key) for key in WINDOW]
+    for dag, key in ingest:
+        api.trigger(dag, {"reason": "make demo"}, partition_key=key)
+    timed(seconds, "ingest", lambda: story.wait(ingest, "ingest"))
+    train = timed(seconds, "train", lambda: story.wait([(f"{PROJECT}.train", QUARTER)], "training", 900))[0]
+    if book.champion(PROJECT) is None:
+        why = "; ".join(_reasons(book)) or "see the task `gate`"
+        raise UserError("there is no champion: the gate kept the candidate", hint=why)
+    api.trigger(f"{PROJECT}.ingest", {"reason": "make demo"}, partition_key=SCORED)
+    timed(seconds, "ingest_april", lambda: story.wait([(f"{PROJECT}.ingest", SCORED)], "ingest"))
+    score = timed(seconds, "score", lambda: story.wait([(f"{PROJECT}.score", SCORED)], "scoring"))[0]
+    return {"train": train.run_id, "score": score.run_id}
 
 
 def _reasons(book: Ledger) -> list[str]:
