@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import signal
-import socket
 import subprocess
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from orrery.ledger import Ledger
@@ -97,45 +91,3 @@ def registered(output: str) -> str:
     found = re.search(r"version (\d+)", output)
     assert found, output
     return found.group(1)
-
-
-@contextmanager
-def mlflow_server(home: Path) -> Iterator[str]:
-    """Run a real MLflow server on loopback and yield its address; all its processes are ended."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    home.mkdir(parents=True, exist_ok=True)
-    env = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
-    env |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{home}/mlflow.db"}
-    argv = [
-        str(VENVS / "ml" / "bin" / "mlflow"),
-        "server",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--workers",
-        "1",
-    ]
-    argv += ["--serve-artifacts", "--artifacts-destination", str(home / "artifacts")]
-    with (home / "mlflow.log").open("w") as log:
-        server = subprocess.Popen(argv, env=env, stdout=log, stderr=log, start_new_session=True, cwd=home)
-    try:
-        deadline = time.monotonic() + 180
-        while True:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
-                    break
-            except OSError:
-                assert server.poll() is None, (home / "mlflow.log").read_text()[-2000:]
-                assert time.monotonic() < deadline, "MLflow did not start"
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        try:
-            server.wait(15)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from loop import mlflow_server
+from mlflow_house import mlflow_server
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import SPEC, definitions
+from features_house import SPEC, definitions
 
 from orrery.errors import SpecError
 from orrery.features.inspection import inspect_features

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from conftest import at, flights, view, weather
+from features_house import at, flights, view, weather
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import at, view, weather
+from features_house import at, view, weather
 
 from orrery.features.known import latest_known, latest_of_all, slots
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from conftest import FEATURES, Project, flights, labelled, weather
+from features_house import FEATURES, Project, flights, labelled, weather
 
 from orrery.errors import DataError, SpecError
 
@@ -49,7 +49,7 @@ def test_without_a_view_feast_is_not_imported(tmp_path: Path) -> None:
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
-from conftest import FEATURES, Project, flights, labelled, weather
+from features_house import FEATURES, Project, flights, labelled, weather
 project = Project(Path({str(tmp_path)!r}))
 project.features = FEATURES.split("@view")[0]
 result = project.materialize(project.clean("2013-03", flights=labelled(flights(("JFK", 1))), weather=weather()))

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from conftest import FEATURES, SPEC, TIME, Project, at, definitions, flights, labelled, weather
+from features_house import FEATURES, SPEC, TIME, Project, at, definitions, flights, labelled, weather
 
 from orrery.errors import RequestError, TryAgain, UserError
 from orrery.features.definitions import Definitions

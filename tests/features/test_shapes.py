@@ -6,7 +6,7 @@ from datetime import timedelta
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from conftest import TIME, at, flights, labelled, weather
+from features_house import TIME, at, flights, labelled, weather
 
 from orrery.errors import DataError, UserError
 from orrery.features.definitions import Definitions, Derive, Rows, View

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from loop import Loop, mlflow_server
+from loop import Loop
+from mlflow_house import mlflow_server
 
 
 @pytest.fixture(scope="session")

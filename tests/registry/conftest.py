@@ -1,15 +1,9 @@
-"""A real MLflow server on loopback, one for the session, with SQLite and artifacts in a temporary folder."""
+"""What the registry's tests share: a real MLflow server, and releases to register and promote."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import signal
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +14,7 @@ import pytest
 # The planted rows and models are evaluation's.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "evaluation"))
 
+from mlflow_house import free_port, mlflow_server
 from planted import HOLDOUT, House, linear, rows
 
 from orrery.contract import Result
@@ -28,61 +23,19 @@ from orrery.evaluation import exported, holdout
 from orrery.registry.client import Mlflow
 from orrery.store import Manifest
 
-START_S = 180
-
-
-def free_port() -> int:
-    """Return a port of loopback that nothing listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
 
 @pytest.fixture(scope="session")
-def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The server's address."""
-    folder, port = tmp_path_factory.mktemp("mlflow"), free_port()
-    argv = [str(Path(sys.executable).with_name("mlflow")), "server", "--host", "127.0.0.1", "--port", str(port)]
-    argv += ["--workers", "1", "--serve-artifacts", "--artifacts-destination", str(folder / "artifacts")]
-    env = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")} | {
-        "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{folder}/mlflow.db",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    }
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(argv, cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True)
-    try:
-        _wait(f"http://127.0.0.1:{port}", server, folder / "log")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        _end(server)
-
-
-def _wait(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    end = time.monotonic() + START_S
-    while time.monotonic() < end and server.poll() is None:
-        try:
-            with urllib.request.urlopen(f"{address}/health", timeout=2):
-                return
-        except OSError:
-            time.sleep(0.3)
-    pytest.fail(f"MLflow did not start:\n{log.read_text()[-3000:]}")
-
-
-def _end(server: subprocess.Popen[bytes]) -> None:
-    os.killpg(server.pid, signal.SIGTERM)
-    try:
-        server.wait(10)
-    except subprocess.TimeoutExpired:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+def mlflow_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The server's address, one server for the session."""
+    with mlflow_server(tmp_path_factory.mktemp("mlflow")) as address:
+        yield address
 
 
 @pytest.fixture
-def server(mlflow_server: str, monkeypatch: pytest.MonkeyPatch) -> Mlflow:
+def server(mlflow_address: str, monkeypatch: pytest.MonkeyPatch) -> Mlflow:
     """The server, named to the steps as the engine does."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
-    return Mlflow(mlflow_server)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_address)
+    return Mlflow(mlflow_address)
 
 
 @pytest.fixture
