@@ -15,12 +15,29 @@ from orrery import platform, spec
 from orrery.errors import OrreryError, SpecError
 from orrery.plan import Planner, Request
 from orrery.runner import LocalProcess, interpreter, run
-from orrery.spec import KnowledgeBaseSpec, ModelSpec, Spec
+from orrery.spec import METRICS, Bound, Checks, Disparity, KnowledgeBaseSpec, ModelSpec, Spec
 
 
 def json_schema() -> dict[str, Any]:
     """Return the JSON schema of spec.yaml, for editors."""
-    return TypeAdapter(Spec).json_schema()
+    schema: dict[str, Any] = TypeAdapter(Spec).json_schema()
+    parts = {model: model.model_json_schema(ref_template="#/$defs/{model}") for model in (Checks, Bound, Disparity)}
+    for model, part in parts.items():
+        schema["$defs"] |= part.pop("$defs", {}) | {model.__name__: part}
+    fields = schema["$defs"]["ModelSpec"]["properties"]
+    # What the short forms mean is code; an editor is told the keys that have a name, and what others may be.
+    checks = {k: v for k, v in parts[Checks]["properties"].items() if k != "unique"}
+    unique = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+    column, named = {"$ref": "#/$defs/ColumnCheck"}, {**checks, "unique": unique}
+    schema["$defs"]["SourceChecks"] = {"type": "object", "properties": named, "additionalProperties": column}
+    either = {"anyOf": [column, {"$ref": "#/$defs/SourceChecks"}]}
+    fields["checks"] |= {"properties": named, "additionalProperties": either}
+    bounds = {metric: {"$ref": "#/$defs/Bound"} for metric in METRICS}
+    fields["gate"] |= {
+        "properties": bounds | {"disparity": {"$ref": "#/$defs/Disparity"}},
+        "additionalProperties": False,
+    }
+    return schema
 
 
 def report(project: str, console: Console) -> bool:

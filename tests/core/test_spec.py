@@ -220,6 +220,19 @@ def test_the_json_schema_for_editors() -> None:
     assert "retrain" in schema["$defs"]["ModelSpec"]["properties"]
 
 
+def test_an_editor_accepts_what_we_accept_and_marks_typos() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    root, schema = Path(__file__).resolve().parents[2], checking.json_schema()
+    specs = [*root.glob("include/projects/*/spec.yaml"), *root.glob("tests/projects/*/spec.yaml")]
+    assert len(specs) >= 2
+    for file in specs:
+        document, _ = yamlfile.read(file)
+        jsonschema.validate(document, schema)
+        for wrong in ({"gate": {"auk": {"min": 0.5}}}, {"checks": {"distance": {"betwen": [0, 1]}}}, {"gates": {}}):
+            with pytest.raises(jsonschema.ValidationError):
+                jsonschema.validate({**document, **wrong}, schema)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
