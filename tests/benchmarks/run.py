@@ -41,9 +41,9 @@ def main() -> int:
         env = {k: v for k, v in os.environ.items() if not k.startswith(("ORRERY_", "AIRFLOW_"))}
         env |= {"ORRERY_VENVS": str(VENVS)}
         argv = [str(VENVS / environment / "bin" / "python"), str(ROOT / "tests" / "benchmarks" / f"{file}.py")]
-        done = subprocess.run(argv, env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
-            print(f"  failed ({done.returncode})\n{done.stdout[-2000:]}", file=sys.stderr)
+            print(f"  failed ({done.returncode})\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}", file=sys.stderr)
             failed += 1
             continue
         rows += [r for r in json.loads(done.stdout.splitlines()[-1]) if not only or only in (file, r["name"])]
