@@ -10,7 +10,7 @@ An Airflow Dag file: the three Dags of this project (`ingest`, `train`, `score`)
 | `materialize` | features.py does not fit the data, or the features are stale | the message names the view and the column; run `orrery check flight_delay` |
 | `train` | model.py or its parameters are wrong, or the machine was lost | 64: read the message; else it is tried again by itself |
 | `evaluate`, `gate` | never red because of a weak model: a refused candidate is **green** with verdict `kept` | a red one is a bug or a missing input: read the message |
-| `register`, `promote` | MLflow is down | `make status`; they go on by themselves when it is back, the promotion happens once |
+| `register`, `promote` | MLflow is down | `make status`; they are tried again for about ten minutes. After that, clear the task: the promotion happens once |
 | `score` | the features of the partition are missing, or Spark could not start | clear it after `ingest` of that partition is green |
 
 A bad champion? `orrery ledger flight_delay`, then `orrery rollback flight_delay`.

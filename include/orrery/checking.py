@@ -11,8 +11,8 @@ from pydantic import TypeAdapter
 from rich.console import Console
 from rich.markup import escape
 
-from orrery import platform, spec
-from orrery.errors import OrreryError, SpecError
+from orrery import platform, spec, yamlfile
+from orrery.errors import OrreryError, SpecError, nearest
 from orrery.plan import Planner, Request
 from orrery.runner import LocalProcess, interpreter, run
 from orrery.spec import METRICS, Bound, Checks, Disparity, KnowledgeBaseSpec, ModelSpec, Spec
@@ -65,8 +65,19 @@ def report(project: str, console: Console) -> bool:
 
 def inspect(project: str, declared: ModelSpec) -> dict[str, Any]:
     """Import features.py and model.py in the `ml` environment; return what they declare. Raises `SpecError`."""
-    platform.load().compute_class(declared.train.compute)
     folder = platform.project_folder(project)
+    file = folder / "spec.yaml"
+    _, lines = yamlfile.read(file)
+    where = platform.load()
+    if declared.train.compute not in where.compute:
+        at = f"{file}:{lines.get(('train', 'compute'), 1)}: train.compute"
+        raise SpecError(
+            f"{at}: {declared.train.compute!r} is not in platform.yaml; "
+            + nearest(declared.train.compute, where.compute)
+        )
+    for name, source in declared.sources.items():
+        at = f"{file}:{lines.get(('sources', name), 1)}: sources.{name}.uri"
+        platform.substitute(source.uri or "", {"root": "", "data": ""}, at)
     argv = [str(interpreter("ml")), "-m", "orrery.inspection", str(folder), project]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     try:

@@ -108,7 +108,7 @@ class Lease:
             self._count += 1
             try:
                 self._write()
-            except OrreryError:
+            except (OrreryError, OSError):
                 continue  # a store out of reach for a moment; the next renewal may succeed
 
     def check(self) -> None:

@@ -98,6 +98,10 @@ def _reachable(url: str) -> Iterator[None]:
         yield
     except OperationalError as e:
         shown = sa.engine.make_url(url).render_as_string(hide_password=True)
+        if "unable to open database file" in str(e):
+            raise UserError(
+                f"the ledger {shown} cannot be opened", hint="check that its folder may be written"
+            ) from None
         raise TryAgain(f"the ledger {shown} cannot be reached: {e.orig}") from None
 
 
@@ -127,13 +131,20 @@ class Ledger:
                 return False
         return True
 
-    def find(self, project: str, *kinds: Kind, phase: Phase | None = None, at: str | None = None) -> list[Entry]:
-        """Return entries of a project (of some kinds), oldest first, up to the moment `at` (ISO 8601, UTC)."""
+    def find(
+        self, project: str, *kinds: Kind, phase: Phase | None = None, at: str | None = None, prefix: str = ""
+    ) -> list[Entry]:
+        """Return entries of a project (of some kinds), oldest first, up to the moment `at` (ISO 8601, UTC).
+
+        `prefix`: only those whose key begins so.
+        """
         query = sa.select(entries).where(entries.c.project == project).order_by(entries.c.id)
         if kinds:
             query = query.where(entries.c.kind.in_(kinds))
         if phase:
             query = query.where(entries.c.phase == phase)
+        if prefix:
+            query = query.where(entries.c.key.startswith(prefix, autoescape=True))
         if at:
             query = query.where(entries.c.at <= moment(at))
         with _reachable(self.url), self.engine.connect() as connection:

@@ -79,7 +79,10 @@ class Planner:
         if bool(partition) == bool(window):
             given = "both" if partition else "neither"
             raise RequestError(f"give a partition or a window, not {given}", hint="nothing chooses data by the clock")
-        return partitions.window(str(window or partition), self.spec.grain)
+        if partition:
+            partitions.parse(partition, self.spec.grain)
+            return (partition,)
+        return partitions.window(str(window), self.spec.grain)
 
     def plan(self, request: Request) -> Plan:
         """Resolve inputs, take the fingerprint, and find out whether the work is done already."""
@@ -122,8 +125,18 @@ class Planner:
             requested=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         bundle.push(self.store, packed)
-        done = self._kept(inputs) if verb.name in ("register", "promote") else self._done(config, verb)
+        done = self._released(request, inputs) if verb.name in ("register", "promote") else self._done(config, verb)
         return Plan(config, verb, self._secrets(verb), done)
+
+    def _released(self, request: Request, inputs: dict[str, tuple[Ref, ...]]) -> Result | None:
+        """Return the end of a release with nothing (more) to do: refused, or promoted already."""
+        kept = self._kept(inputs)
+        if kept is not None or request.verb != "promote":
+            return kept
+        now = self.champion()
+        if now is not None and now.model == inputs["candidate"][0].path:
+            return Result(skipped=f"version {now.version} is the champion since {now.since}")
+        return None
 
     def _kept(self, inputs: dict[str, tuple[Ref, ...]]) -> Result | None:
         """Return the end of a release that the gate refused: nothing to register or promote, and a green run."""
@@ -189,11 +202,14 @@ class Planner:
         return {"raw": (self._latest("raw", request.key, "ingest").ref,)}
 
     def _inputs_materialize(self, request: Request) -> dict[str, tuple[Ref, ...]]:
-        """The partition itself and the earlier ones that feed its views, as far as they are there."""
-        clean = self._fresh("clean", request.key, "validate", "raw")
+        return self._clean_and_history(request.key)
+
+    def _clean_and_history(self, partition: str) -> dict[str, tuple[Ref, ...]]:
+        """Return the partition itself and the earlier ones that feed its views, as far as they are there."""
+        clean = self._fresh("clean", partition, "validate", "raw")
         earlier = []
         for back in range(self.spec.features.history, 0, -1):
-            key = partitions.shift(request.key, self.spec.grain, -back)
+            key = partitions.shift(partition, self.spec.grain, -back)
             found = self.store.latest_manifest(self.project, "clean", key)
             if found is not None:
                 earlier.append(found.ref)
@@ -212,9 +228,17 @@ class Planner:
         return found
 
     def _inputs_train(self, request: Request) -> dict[str, tuple[Ref, ...]]:
-        return {
-            "features": tuple(self._fresh("features", key, "materialize", "clean").ref for key in request.partitions)
-        }
+        return {"features": tuple(self._features_for_training(key) for key in request.partitions)}
+
+    def _features_for_training(self, key: str) -> Ref:
+        """Return a partition's features. Raises `RequestError` when they, or the history they look at, are stale."""
+        found = self._fresh("features", key, "materialize", "clean")
+        now = self._clean_and_history(key)["history"]
+        if [r.digest for r in found.inputs.get("history", ())] != [r.digest for r in now]:
+            raise RequestError(
+                f"features of {key} look back at data that have landed (again) since", hint=f"run materialize for {key}"
+            )
+        return found.ref
 
     def _inputs_evaluate(self, request: Request) -> dict[str, tuple[Ref, ...]]:
         candidate = self._latest("candidate", request.key, "train")
@@ -246,7 +270,31 @@ class Planner:
         }
 
     def _inputs_promote(self, request: Request) -> dict[str, tuple[Ref, ...]]:
-        return self._inputs_register(request)
+        inputs = self._inputs_register(request)
+        verdict = self.store.need(inputs["verdict"][0])
+        if verdict.result["verdict"] == "promote" and "version" in request.options:
+            self._check_promotion(request, inputs)
+        return inputs
+
+    def _check_promotion(self, request: Request, inputs: dict[str, tuple[Ref, ...]]) -> None:
+        """Raise `RequestError` unless the version is this candidate, compared with the champion of now."""
+        candidate, version = inputs["candidate"][0].path, str(request.options.get("version"))
+        versions = self.ledger.registered(self.project)
+        if versions.get(version) != candidate:
+            mine = [v for v, model in versions.items() if model == candidate]
+            known = f"its version is {mine[-1]}" if mine else "it is not registered yet: run register"
+            raise RequestError(f"version {version!r} is not the candidate of {request.key}", hint=known)
+        now = self.champion()
+        if now is not None and now.model == candidate:
+            return  # it is the champion already
+        compared = self.store.need(inputs["evaluation"][0]).inputs.get("champion", ())
+        with_whom = compared[0].path if compared else None
+        if with_whom != (now.model if now else None):
+            raise RequestError(
+                f"the candidate of {request.key} was not compared with the present champion "
+                f"({f'version {now.version}' if now else 'none'})",
+                hint="the champion has changed since: run evaluate and gate again",
+            )
 
     def _inputs_rollback(self, request: Request) -> dict[str, tuple[Ref, ...]]:
         model = self.store.manifest(str(request.options["model"]))

@@ -20,11 +20,14 @@ from pydantic import ValidationError
 from orrery import platform
 from orrery.contract import Result, StepConfig
 from orrery.errors import Interrupted, OrreryError, TryAgain, UserError
+from orrery.lease import Lease
 from orrery.plan import Plan, Planner, Request, safe_name
 from orrery.store import Store
 
 # What a step may not see: the orchestrator's own secrets and addresses.
-WITHHELD_PREFIXES = ("AIRFLOW_", "_AIRFLOW", "ORRERY_LEDGER", "ORRERY_AIRFLOW", "ORRERY_SERVER", "ORRERY_SOURCE_")
+WITHHELD_PREFIXES = ("AIRFLOW_", "_AIRFLOW")
+# Of our own variables a step sees these; the others are addresses and credentials of the orchestrator.
+SHOWN = frozenset({"ORRERY_CACHE", "ORRERY_LOG", "ORRERY_TEST_MARK"})
 WITHHELD = frozenset({"PYTHONPATH", "PYTHONSTARTUP", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__"})
 GRACE_S = 4.0  # below the 5 s after which Airflow's supervisor kills the worker
 LEFTOVER_S = 1.0  # what a step that has ended left running may take to end by itself
@@ -64,6 +67,7 @@ def interpreter(environment: str) -> Path:
 def step_environment(extra: dict[str, str]) -> dict[str, str]:
     """Return a step's environment: the caller's, less the orchestrator's secrets and the sources'."""
     own = {k: v for k, v in os.environ.items() if k not in WITHHELD and not k.startswith(WITHHELD_PREFIXES)}
+    own = {k: v for k, v in own.items() if not k.startswith("ORRERY_") or k in SHOWN}
     return {**own, "PYTHONUNBUFFERED": "1", "ORRERY_PARENT": str(os.getpid()), **extra}
 
 
@@ -174,6 +178,15 @@ def run(planner: Planner, request: Request, launch: Launcher, started: Callable[
 
     `started` is told of the plan just before the step is launched (operator links need it then).
     """
+    if request.verb not in ("promote", "rollback"):
+        return _carry(planner, request, launch, started)
+    # One change of the champion at a time, whoever asks: what the plan was checked against must still hold.
+    folder = f"{request.project}/champion/lease"
+    with Lease(planner.store, folder, safe_name(request.run), f"{request.task}-{request.attempt}"):
+        return _carry(planner, request, launch, started)
+
+
+def _carry(planner: Planner, request: Request, launch: Launcher, started: Callable[[Plan], None] | None) -> Result:
     effect = request.verb in ("promote", "rollback")
     plan = planner.plan(request)
     if plan.done is not None:

@@ -74,7 +74,7 @@ def _model(project: str, data: dict[str, str], task: str, owner: str) -> dict[Pa
     literals = {name: json.dumps(text, ensure_ascii=False)[1:-1] for name, text in guess.items()}
     values = {"project": project, "owner": owner, "source": first, **literals}
     return {
-        folder / "spec.yaml": _spec(sources, task, owner, guess["label"], drafted["checks"]),
+        folder / "spec.yaml": _spec(sources, task, owner, guess["label"], drafted["checks"], drafted=bool(data)),
         folder / "features.py": _fill("features.py", **values),
         folder / "model.py": _fill("model.py", **values),
         folder / "README.md": _fill("README.md", project=project, owner=owner),
@@ -82,7 +82,7 @@ def _model(project: str, data: dict[str, str], task: str, owner: str) -> dict[Pa
     }
 
 
-def _spec(sources: dict[str, str], task: str, owner: str, label: str, checks: dict[str, Any]) -> str:
+def _spec(sources: dict[str, str], task: str, owner: str, label: str, checks: dict[str, Any], *, drafted: bool) -> str:
     document = {
         "version": 1,
         "kind": "model",
@@ -98,7 +98,8 @@ def _spec(sources: dict[str, str], task: str, owner: str, label: str, checks: di
         "train": {"window": 3, "compute": "cpu-small"},
         "retrain": {"on": ["quarterly"]},
     }
-    head = "# The fields and what they mean: `orrery check --schema`. Bounds were drafted from data: read them.\n"
+    head = "# The fields and what they mean: `orrery check --schema`."
+    head += " Bounds were drafted from data: read them.\n" if drafted else "\n"
     return head + str(yaml.safe_dump(document, sort_keys=False, width=110, default_flow_style=None))
 
 
@@ -124,6 +125,6 @@ def _draft(data: dict[str, str]) -> dict[str, Any]:
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode == UserError.exit_code:
         raise UserError(done.stderr.strip())
-    if done.returncode:
+    if done.returncode or not done.stdout.strip():
         raise UserError(f"checks could not be drafted from {', '.join(data.values())}", hint=done.stderr.strip()[-400:])
     return dict(json.loads(done.stdout.splitlines()[-1]))

@@ -208,7 +208,7 @@ class Work:
         if old is not None and old.digest != manifest.digest:
             stale = self.store.dependents(old)
             result.facts["supersedes"] = old.path
-            result.facts["stale"] = [f"{m.verb} {m.key}" for m in stale]
+            result.facts["stale"] = sorted({f"{m.verb} {m.key}" for m in stale})
             self.log.warning(
                 f"{dataset} {config.key} supersedes an earlier version",
                 earlier=old.created,
@@ -323,15 +323,18 @@ def attempt(config_uri: str, result_uri: str, started: float) -> int:
 
 def _guarded(config_uri: str, seconds: dict[str, float]) -> tuple[int, Result]:
     """Do the work, whatever happens; return the exit code and the result document."""
-    logger, scratch = log.get(), None
+    logger, scratch, project = log.get(), None, ""
     try:
         with trouble(tempfile.gettempdir()):
             scratch = Path(tempfile.mkdtemp(prefix="orrery-"))
         config = _read_config(config_uri)
+        project = config.project
         result = execute(config, Store(config.store), scratch, seconds)
         _say(config, result)
         return DONE, result
     except OrreryError as e:
+        # The bundle was unpacked into a folder that is gone by now: name the file that the user has.
+        e.message = e.message.replace(f"{scratch}/project/", f"projects/{project}/")
         logger.error(str(e))
         return e.exit_code, failed(e)
     except KeyboardInterrupt:

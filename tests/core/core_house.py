@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from orrery.contract import Result, StepConfig
+from orrery.ledger import Ledger
 from orrery.log import configure as log_setup
 from orrery.plan import Planner, Request
 from orrery.step import attempt
@@ -145,13 +146,20 @@ class House:
         self.store.publish(self.project, dataset, key, manifest, manifest.created)
         return manifest
 
-    def verdict(self, window: str, verdict: str = "promote") -> Manifest:
-        """Commit candidate, evaluation and verdict of a window; return the candidate."""
+    def verdict(
+        self, window: str, verdict: str = "promote", version: str = "1", champion: Manifest | None = None
+    ) -> Manifest:
+        """Commit candidate, evaluation (against a champion) and verdict of a window, register it; return the candidate."""
         features = self.commit("materialize", "features", window.partition("..")[0])
         candidate = self.commit("train", "candidate", window, inputs={"features": (features.ref,)})
-        evaluation = self.commit("evaluate", "evaluation", window, inputs={"candidate": (candidate.ref,)})
+        measured = {"candidate": (candidate.ref,)} | ({"champion": (champion.ref,)} if champion else {})
+        evaluation = self.commit("evaluate", "evaluation", window, inputs=measured)
         inputs = {"evaluation": (evaluation.ref,)}
         self.commit("gate", "verdict", window, inputs=inputs, verdict=verdict, reasons=["auc 0.8 is above 0.7"])
+        payload = {"verb": "register", "version": version, "model": candidate.path}
+        Ledger(os.environ["ORRERY_LEDGER"]).record(
+            self.project, "run", f"{self.project}/{window}", "done", "t", payload
+        )
         return candidate
 
 

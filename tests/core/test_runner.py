@@ -18,7 +18,7 @@ from core_verbs import wait_for
 
 from orrery import runner
 from orrery.contract import Result, StepError
-from orrery.errors import Interrupted, TryAgain, UserError
+from orrery.errors import Interrupted, RequestError, TryAgain, UserError
 from orrery.ledger import Ledger
 from orrery.plan import Plan, Request
 from orrery.runner import LocalProcess, StepFailed, StepVanished
@@ -233,10 +233,9 @@ def test_a_skip_is_recorded_and_starts_nothing(house: House) -> None:
 # -- effects -----------------------------------------------------------------------------------------
 
 
-def promotion(house: House, version: str = "1", run: str = "run-1", attempt: int = 1) -> Request:
-    return house.request(
-        "promote", run=run, attempt=attempt, options={"version": version}, actor="eve", reason="better"
-    )
+def promotion(house: House, version: str = "1", run: str = "run-1", attempt: int = 1, key: str = "2013-01") -> Request:
+    options = {"version": version}
+    return house.request("promote", key, run=run, attempt=attempt, options=options, actor="eve", reason="better")
 
 
 def phases() -> list[tuple[str, str]]:
@@ -254,9 +253,12 @@ def test_a_promotion_is_intended_driven_and_done(house: House) -> None:
     evidence = book().find("delays", "promotion")[-1].payload["evidence"]
     assert set(evidence) == {"evaluation", "verdict"}
     # The same run once more changes nothing; another run promotes from what is there now.
-    runner.run(house.planner(), promotion(house, attempt=2), forked(house))
+    assert "is the champion since" in str(
+        runner.run(house.planner(), promotion(house, attempt=2), forked(house)).skipped
+    )
     assert phases() == [("intent", "1"), ("done", "1")]
-    runner.run(house.planner(), promotion(house, "2", "run-2"), forked(house))
+    house.verdict("2013-02..2013-02", version="2", champion=candidate)
+    runner.run(house.planner(), promotion(house, "2", "run-2", key="2013-02"), forked(house))
     assert [e.payload["from"] for e in book().find("delays", "promotion")] == [None, None, "1", "1"]
 
 
@@ -292,12 +294,33 @@ def test_a_crash_in_a_promotion_is_repaired_by_the_next_attempt(
 
 
 def test_a_crash_after_done_keeps_what_was_recorded(house: House) -> None:
-    house.verdict("2013-01..2013-01")
+    first = house.verdict("2013-01..2013-01")
     runner.run(house.planner(), promotion(house, "1", "run-0"), forked(house))
-    runner.run(house.planner(), promotion(house, "2", "run-1"), forked(house))
-    runner.run(house.planner(), promotion(house, "2", "run-1", attempt=2), forked(house))
+    house.verdict("2013-02..2013-02", version="2", champion=first)
+    runner.run(house.planner(), promotion(house, "2", "run-1", key="2013-02"), forked(house))
+    runner.run(house.planner(), promotion(house, "2", "run-1", attempt=2, key="2013-02"), forked(house))
     last = book().find("delays", "promotion", phase="done")[-1]
     assert (last.payload["from"], last.payload["version"]) == ("1", "2")
+
+
+def test_a_candidate_measured_against_another_champion_is_not_promoted(house: House) -> None:
+    """Otherwise a model that beat the champion of yesterday replaces a better one that came since."""
+    first = house.verdict("2013-01..2013-01")
+    runner.run(house.planner(), promotion(house, "1", "run-0"), forked(house))
+    house.verdict("2013-02..2013-02", version="2", champion=first)
+    house.verdict("2013-03..2013-03", version="3", champion=first)
+    runner.run(house.planner(), promotion(house, "2", "run-1", key="2013-02"), forked(house))
+    with pytest.raises(RequestError, match=r"was not compared with the present champion \(version 2\)"):
+        runner.run(house.planner(), promotion(house, "3", "run-2", key="2013-03"), forked(house))
+    assert [e.payload["version"] for e in book().find("delays", "promotion", phase="intent")] == ["1", "2"]
+    assert house.store.read("alias") == b"2"
+
+
+def test_a_version_that_is_another_candidate_is_not_promoted(house: House) -> None:
+    house.verdict("2013-01..2013-01")
+    with pytest.raises(RequestError, match="version '7' is not the candidate of 2013-01.*\n.*its version is 1"):
+        runner.run(house.planner(), promotion(house, "7"), forked(house))
+    assert phases() == []
 
 
 # -- small things ------------------------------------------------------------------------------------

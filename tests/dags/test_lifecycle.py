@@ -80,13 +80,15 @@ def test_three_months_make_a_quarter_and_nothing_less() -> None:
 
 
 def test_every_task_has_owner_pool_timeout_and_retry_policy(bag) -> None:
+    from orrery.orchestration.retry import RETRIES
+
     for dag in bag.dags.values():
         assert dag.doc_md and "red at" in dag.doc_md
         for task in dag.tasks:
             assert task.owner == "ops-ml"
             assert task.pool.startswith("orrery-")
             assert task.execution_timeout is not None
-            assert task.retries == 3
+            assert task.retries == RETRIES
             assert task.retry_policy is not None
 
 

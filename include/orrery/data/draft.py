@@ -6,8 +6,10 @@ not proposed.
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import pyarrow.compute as pc
 from orrery.data import files, snapshot
 from orrery.data.families import families
 from orrery.data.rules import missing, repeats
+from orrery.errors import OrreryError
 from orrery.spec import Checks
 
 SMALL_SET = 20  # values
@@ -162,3 +165,23 @@ def round_down(value: float) -> int:
 
 def _short(value: float) -> float | int:
     return int(value) if value == int(value) else value
+
+
+def main(document: str) -> int:
+    """Print, as JSON, the drafted checks and each source's columns with their families; `document`: {source: URI}."""
+    sources: dict[str, str] = json.loads(document)
+    try:
+        tables = {name: read(uri) for name, uri in sources.items()}
+        checks = draft({name: [uri] for name, uri in sources.items()})
+    except OrreryError as e:
+        sys.stderr.write(f"{e}\n")
+        return e.exit_code
+    columns = {
+        name: {f.name: min(families(f.type), default="other") for f in table.schema} for name, table in tables.items()
+    }
+    sys.stdout.write(json.dumps({"checks": checks, "columns": columns}, default=str) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1]))

@@ -50,7 +50,7 @@ def note(project: str, run: str) -> str:
     from orrery.ledger import Ledger
 
     prefix = f"{project}/runs/{run}/"
-    entries = [e for e in Ledger(platform.load().ledger).find(project, "run") if e.key.startswith(prefix)]
+    entries = Ledger(platform.load().ledger).find(project, "run", prefix=prefix)
     lines = []
     for entry in entries:
         p = entry.payload

@@ -8,7 +8,7 @@ from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperato
 from kubernetes.client import models as k8s
 
 from orrery import platform
-from orrery.errors import OrreryError
+from orrery.errors import OrreryError, UserError
 from orrery.orchestration.operators import StepOperator
 from orrery.plan import Plan, safe_name
 from orrery.platform import Compute, Platform
@@ -19,10 +19,16 @@ if TYPE_CHECKING:
     from orrery.plan import Planner
 
 
+PER_ATTEMPT = ("orrery/run", "orrery/attempt")
+
+
 class PodStepOperator(StepOperator, KubernetesPodOperator):
     """Runs one verb in a pod. What is asked for, planned, skipped and recorded is `StepOperator`'s."""
 
     labels: Any
+    pod: Any
+    pod_request_obj: Any
+    remote_pod: Any
 
     def __init__(
         self, *, project: str, verb: str, window: bool, compute: str, chain: tuple[str, ...] = (), **kwargs: Any
@@ -41,11 +47,21 @@ class PodStepOperator(StepOperator, KubernetesPodOperator):
         return result
 
     def _make_launcher(self, context: Context, planner: Planner) -> Any:
+        base: dict[str, str] = {k: v for k, v in (self.labels or {}).items() if k not in PER_ATTEMPT}
+
         def launch(plan: Plan) -> int:
+            sources = planner.spec.sources.items()
+            missing = [n for n, s in sources if s.connection and not planner.platform.kubernetes.secret]
+            if self.verb == "ingest" and missing:
+                raise UserError(
+                    f"source {missing[0]} needs a credential, and a pod is given none",
+                    hint=f"kubernetes.secret in platform.yaml, with the URL as ORRERY_SOURCE_{missing[0].upper()}",
+                )
+            # The pod operator remembers the pod of an earlier launch; one task may launch several partitions.
+            self.pod = self.pod_request_obj = self.remote_pod = None
             self.arguments = step_arguments(plan)
-            labels: dict[str, str] = dict(self.labels or {})
             self.labels = {
-                **labels,
+                **base,
                 "orrery/run": plan.config.run[-63:].strip("-_."),
                 "orrery/attempt": str(plan.config.attempt),
             }

@@ -6,7 +6,8 @@ from datetime import timedelta
 
 from airflow.sdk import ExceptionRetryPolicy, RetryAction, RetryRule
 
-RETRIES = 3
+# With the back-off below: 20, 40, 80, 160 and 320 s, about ten minutes, then a person is asked.
+RETRIES = 5
 DELAY = timedelta(seconds=20)
 MAX_DELAY = timedelta(minutes=10)
 
@@ -14,15 +15,13 @@ MAX_DELAY = timedelta(minutes=10)
 def policy() -> ExceptionRetryPolicy:
     """Return the retry policy of every step.
 
-    64 (someone must act) fails at once; 75 and 143 are tried again after a short wait; what is left, a bug or
-    a process that vanished, is tried again with Airflow's back-off.
+    64 (someone must act) fails at once; 143 is tried again after a short wait; 75 and what is left, a bug or a
+    process that vanished, are tried again with Airflow's back-off (`RETRIES`).
     """
     return ExceptionRetryPolicy(
         rules=[
             RetryRule("orrery.errors.UserError", RetryAction.FAIL, reason="64: someone must act, see the message"),
-            RetryRule(
-                "orrery.errors.TryAgain", RetryAction.RETRY, DELAY, reason="75: something outside was not available"
-            ),
+            RetryRule("orrery.errors.TryAgain", RetryAction.RETRY, reason="75: something outside was not available"),
             RetryRule("orrery.errors.Interrupted", RetryAction.RETRY, DELAY, reason="143: interrupted"),
         ]
     )
