@@ -206,9 +206,8 @@ def ledger(
     )
     for e in entries:
         if e.phase == "intent" and (e.kind, e.key) not in done:
-            out.print(
-                f"[yellow]unfinished:[/] {e.kind} to version {e.payload['version']} of {e.at[:19]}: clear its task, or promote again"
-            )
+            change = f"{e.kind} to version {e.payload['version']} of {e.at[:19]}"
+            out.print(f"[yellow]unfinished:[/] {change}: clear its task, or promote again")
 
 
 @app.command()
