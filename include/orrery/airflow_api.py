@@ -72,18 +72,6 @@ class Task:
     ended: datetime | None = None
 
 
-@dataclass(frozen=True)
-class Approval:
-    """A task that waits for a person."""
-
-    dag_id: str
-    run_id: str
-    task_id: str
-    map_index: int
-    subject: str
-    options: tuple[str, ...]
-
-
 class AirflowApi:
     """Talks to one Airflow as one user.
 
@@ -241,44 +229,6 @@ class AirflowApi:
             elif task.state in FAILED_TASK:
                 parts.append(f"{run.dag_id}.{task.task_id}: {task.state}")
         return "\n\n".join(parts)
-
-    # approvals
-
-    def approvals(self, dag_id: str = "~") -> list[Approval]:
-        """Return the tasks that wait for a person's answer."""
-        path = f"dags/{_part(dag_id)}/dagRuns/~/hitlDetails"
-        items = self._pages(path, "hitl_details", {"response_received": "false", "state": "awaiting_input"})
-        return [
-            Approval(
-                dag_id=item["task_instance"]["dag_id"],
-                run_id=item["task_instance"]["dag_run_id"],
-                task_id=item["task_instance"]["task_id"],
-                map_index=item["task_instance"]["map_index"],
-                subject=item["subject"],
-                options=tuple(item["options"]),
-            )
-            for item in items
-        ]
-
-    def answer(self, approval: Approval, option: str, params: Mapping[str, Any] | None = None) -> None:
-        """Answer for a person, with one of the approval's options."""
-        task = f"{_path(approval.dag_id, approval.run_id)}/taskInstances/{_part(approval.task_id)}/{approval.map_index}"
-        body = {"chosen_options": [option], "params_input": dict(params or {})}
-        self._call("PATCH", f"{task}/hitlDetails", json=body)
-
-    # assets
-
-    def asset_event(
-        self, uri: str, *, partition_key: str | None = None, extra: Mapping[str, Any] | None = None
-    ) -> None:
-        """Say that an asset has changed. Raises `RequestError` when no active Dag names the asset."""
-        assets = [a for a in self._pages("assets", "assets", {"uri_pattern": uri}) if a["uri"] == uri]
-        if not assets:
-            raise RequestError(f"Airflow knows no asset {uri}", hint="a Dag must name it as inlet, outlet or schedule")
-        body: dict[str, Any] = {"asset_id": assets[0]["id"], "extra": dict(extra or {})}
-        if partition_key is not None:
-            body["partition_key"] = partition_key
-        self._call("POST", "assets/events", json=body)
 
     # settings
 

@@ -323,12 +323,6 @@ def relay(line: str, emit: Callable[[int, str, dict[str, Any]], None]) -> None:
     emit(logging.INFO, line, {})
 
 
-def threads(cpu: str) -> int:
-    """Return how many threads a compute class's `cpu` stands for, at least one."""
-    cores = float(cpu[:-1]) / 1000 if cpu.endswith("m") else float(cpu)
-    return max(1, min(int(cores), os.cpu_count() or 1))
-
-
 __all__ = [
     "LocalProcess",
     "StepFailed",
@@ -337,6 +331,5 @@ __all__ = [
     "relay",
     "run",
     "step_environment",
-    "threads",
     "venvs",
 ]

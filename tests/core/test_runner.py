@@ -337,8 +337,3 @@ def test_lines_of_a_log_are_relayed() -> None:
         (30, "done", {"rows": 3}), (20, "plain", {}), (20, '{"no": "event"}', {}), (20, "{broken", {}), (20, "[1]", {}),
         (20, "odd", {}),
     ]  # fmt: skip
-
-
-def test_threads_of_a_compute_class() -> None:
-    assert [runner.threads(c) for c in ("100m", "1", "1.9")] == [1, 1, 1]
-    assert runner.threads("4096") == os.cpu_count()
