@@ -293,9 +293,15 @@ def main(argv: list[str], started: float) -> int:
     return attempt(args.config, args.result, started)
 
 
+class _Stopped(BaseException):
+    """SIGTERM has come. No `Exception`, so that a library's or a model's broad `except` cannot swallow it."""
+
+    told = Interrupted("SIGTERM: told to stop", hint="nothing was committed; the next attempt does the work again")
+
+
 def _on_sigterm(signum: int, frame: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise Interrupted("SIGTERM: told to stop", hint="nothing was committed; the next attempt does the work again")
+    raise _Stopped
 
 
 def attempt(config_uri: str, result_uri: str, started: float) -> int:
@@ -304,8 +310,8 @@ def attempt(config_uri: str, result_uri: str, started: float) -> int:
     try:
         signal.signal(signal.SIGTERM, _on_sigterm)
         code, result = _guarded(config_uri, seconds)
-    except Interrupted as e:  # told to stop outside of the work: while it was set up, or an error was being told
-        code, result = e.exit_code, failed(e)
+    except _Stopped:  # outside of the work: while it was set up, or an error was being told
+        code, result = INTERRUPTED, failed(_Stopped.told)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the result is being written; the end is near anyway
     seconds["total"] = time.time() - started
@@ -337,6 +343,9 @@ def _guarded(config_uri: str, seconds: dict[str, float]) -> tuple[int, Result]:
         e.message = e.message.replace(f"{scratch}/project/", f"projects/{project}/")
         logger.error(str(e))
         return e.exit_code, failed(e)
+    except _Stopped:
+        logger.error(str(_Stopped.told))
+        return INTERRUPTED, failed(_Stopped.told)
     except KeyboardInterrupt:
         return INTERRUPTED, failed(Interrupted("interrupted from the keyboard"))
     except (Exception, SystemExit) as e:

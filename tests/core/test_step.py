@@ -127,6 +127,17 @@ def test_sigterm_in_the_middle(house: House) -> None:
     assert only(house) == OUT
 
 
+def test_sigterm_is_not_swallowed_by_a_broad_except(house: House) -> None:
+    config = house.config(mode="stubborn")
+    process = house.start(config)
+    wait_for(house.marks / "started")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert house.result(config).status == "interrupted"
+    assert house.manifests() == []
+
+
 def test_sigterm_at_any_moment_leaves_a_result(house: House) -> None:
     """No moment between the start of the attempt and its end may lose the result document."""
     chance, told = random.Random(7), 0
