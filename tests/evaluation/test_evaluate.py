@@ -12,6 +12,7 @@ from sklearn import metrics as sk
 
 from orrery.errors import DataError, UserError
 from orrery.store import Manifest
+from orrery.training.schema import Schema
 
 MODEL = {"a": 1.0, "b": 1.0}
 
@@ -136,6 +137,25 @@ def test_a_champion_that_lacks_a_column_is_left_out_and_named(house: House) -> N
     result, _, report = house.evaluate(house.candidate(linear(MODEL), [features]), [features], champion)
     assert report["champion"]["unusable"] == "the features lack gone, which the model was trained with"
     assert "champion_auc" not in result.metrics
+
+
+@pytest.mark.parametrize(
+    ("champion", "says"),
+    [
+        (linear({"c": 1.0}), "c is string, the model was trained on a number"),
+        (linear(MODEL, categories=["noise"]), "noise is double, the model was trained on text"),
+        ((b"nonsense", linear(MODEL)[1]), "not a model that onnxruntime can load"),
+    ],
+)
+def test_a_champion_that_cannot_score_these_features_is_left_out_and_named(
+    house: House, champion: tuple[bytes, Schema], says: str
+) -> None:
+    features = house.features(rows())
+    old = house.candidate(champion, [features], "c0")
+    result, evaluation, report = house.evaluate(house.candidate(linear(MODEL), [features]), [features], old)
+    assert says in report["champion"]["unusable"]
+    assert "champion_auc" not in result.metrics
+    assert house.gate(evaluation).verdict == "promote"
 
 
 def test_a_candidate_that_lacks_a_column_ends_64(house: House) -> None:

@@ -159,7 +159,7 @@ def test_missing_and_mistyped_features_are_the_users(house):
     with pytest.raises(DataError, match=r"lacks wind, origin, which the model was trained with"):
         house.score(house.config(house.features(lacking), house.model()))
     text = table.set_column(table.column_names.index("wind"), "wind", table["wind"].cast(pa.string()))
-    with pytest.raises(DataError, match=r"wind is string, not a number"):
+    with pytest.raises(DataError, match=r"wind is string, the model was trained on a number"):
         house.score(house.config(house.features(text), house.model()))
 
 

@@ -90,7 +90,7 @@ def _champion(
         if champion.schema.task != work.spec.task:
             raise DataError(f"the champion of {training.key} was trained for {champion.schema.task}")
         values = champion.predict(table)
-    except DataError as e:
+    except UserError as e:  # its file is gone or cannot be loaded, or the features are others now
         work.log.warning(f"the champion cannot be compared: {e.message}")
         return e.message, None, candidate.schema.classes
     if work.spec.task != "multiclass":

@@ -44,11 +44,14 @@ def read(files: Iterable[Path], start: str, share: float = 1.0) -> pa.Table:
         moment = _moment(start, part.schema.field(tables.PREDICTION_TIME).type)
         kept = pc.and_(pc.greater_equal(part[tables.PREDICTION_TIME], moment), labels.is_known(part[tables.LABEL]))
         parts.append(part.filter(kept))
-    table = tables.sample(pa.concat_tables(parts, promote_options="permissive"), share)
+    try:
+        table = tables.sample(pa.concat_tables(parts, promote_options="permissive"), share)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as e:
+        raise DataError(f"the partitions' features differ in type: {e}", hint="materialize them again") from None
     if not table.num_rows:
         raise DataError(
             f"no row with a label at or after {start}: there is nothing to evaluate on",
-            hint="are the labels of the window's last partition known yet? see label.delay and split.holdout",
+            hint="are the labels of the window's last partition known yet? see split.holdout",
         )
     return table
 

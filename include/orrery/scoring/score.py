@@ -30,7 +30,7 @@ from orrery.scoring import parts
 from orrery.scoring.parts import Item, Job, Part
 from orrery.scoring.session import SparkFailed, with_spark
 from orrery.step import Work
-from orrery.training.schema import Schema, is_categorical
+from orrery.training.schema import CHANGED_HINT, Schema
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 # Tasks per core: few, since each costs a worker some 50 ms of its own; two, so that a slow core is waited for less.
@@ -83,27 +83,14 @@ def plan_job(work: Work, params: ScoreParams) -> Job:
 def check_columns(schema: Schema, table: pa.Schema, where: str) -> None:
     """Raise `DataError` that lists what the features lack, or have in a type that the model cannot take."""
     absent = [c for c in (KEY, PREDICTION_TIME, *schema.columns) if c not in table.names]
-    wrong = [f"{c} is {table.field(c).type}, not a number" for c in schema.numeric if not _is_number(table, c)]
-    wrong += [f"{c} is {table.field(c).type}, not text" for c in schema.categorical if not _is_text(table, c)]
     if absent:
         raise DataError(
             f"{where} lacks {', '.join(absent)}, which the model was trained with",
             hint="features.py has changed since: train again, or roll the model back",
             details={"missing": absent},
         )
-    if wrong:
-        raise DataError(f"{where}: {'; '.join(wrong)}", hint="features.py has changed since: train again")
-
-
-def _is_number(table: pa.Schema, column: str) -> bool:
-    if column not in table.names:
-        return True  # reported as absent
-    kind = table.field(column).type
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
-
-
-def _is_text(table: pa.Schema, column: str) -> bool:
-    return column not in table.names or is_categorical(table.field(column).type)
+    if changed := schema.changed(table):
+        raise DataError(f"{where}: {'; '.join(changed)}", hint=CHANGED_HINT)
 
 
 # -- the work, by Spark ------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from orrery.errors import DataError
 # A category seen fewer times than this in training has too little behind it: it shares id 0 with the unknown.
 MIN_COUNT = 10
 MAX_CATEGORIES = 5_000
+CHANGED_HINT = "features.py has changed since: give the column its old type or another name, or train again"
 
 
 class Schema(BaseModel):
@@ -58,11 +59,30 @@ class Schema(BaseModel):
         """All input columns of a features table."""
         return [*self.numeric_columns, *self.vocabularies]
 
+    def changed(self, features: pa.Schema) -> list[str]:
+        """Return a sentence for each column that is there in another type than the model was trained on.
+
+        A column without any value (Arrow's null type) is missing values, of whatever type.
+        """
+        wanted = [(name, "a number", is_numeric) for name in self.numeric_columns]
+        wanted += [(name, "text", is_categorical) for name in self.vocabularies]
+        kinds = {field.name: field.type for field in features}
+        return [
+            f"{name} is {kinds[name]}, the model was trained on {what}"
+            for name, what, fits in wanted
+            if name in kinds and not pa.types.is_null(kinds[name]) and not fits(kinds[name])
+        ]
+
     def encode(self, table: pa.Table) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        """Return the graph's inputs for a features table. Raises `DataError` for a column that is absent."""
+        """Return the graph's inputs for a features table.
+
+        Raises `DataError` for a column that is absent or has another type than the model was trained on.
+        """
         absent = [c for c in self.columns if c not in table.column_names]
         if absent:
             raise DataError(f"the features lack {', '.join(absent)}, which the model was trained with")
+        if changed := self.changed(table.schema):
+            raise DataError(f"the features changed their type: {'; '.join(changed)}", hint=CHANGED_HINT)
         numeric = np.empty((table.num_rows, len(self.numeric_columns)), dtype=np.float32)
         for i, name in enumerate(self.numeric_columns):
             numeric[:, i] = to_float(table[name])
@@ -88,6 +108,11 @@ def to_float(column: pa.ChunkedArray) -> npt.NDArray[np.float32]:
     if pa.types.is_boolean(column.type):
         column = column.cast(pa.int8())
     return np.asarray(pc.fill_null(column.cast(pa.float64(), safe=False), float("nan")).to_numpy(), dtype=np.float32)
+
+
+def is_numeric(kind: pa.DataType) -> bool:
+    """Tell whether a column of this type is treated as a number."""
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
 
 
 def is_categorical(kind: pa.DataType) -> bool:
@@ -122,7 +147,7 @@ def infer(
                     hint="prefix it with _ to keep it out",
                 )
             vocabularies[name] = tuple(kept)
-        elif pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_boolean(column.type):
+        elif is_numeric(column.type):
             numeric.append(name)
             if np.isnan(to_float(column)).any():
                 missing.append(name)
