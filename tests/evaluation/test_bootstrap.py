@@ -94,6 +94,93 @@ def test_huge_holdouts_take_fewer_draws(monkeypatch: pytest.MonkeyPatch) -> None
     assert compare(y, a, b, draws=1000).draws == bootstrap.MIN_DRAWS
 
 
+# -- whole days --------------------------------------------------------------------------------------
+
+DAY = bootstrap.DAY_US
+
+
+def two_models(days: int, per_day: int, shared: float, seed: int, gain: float = 0.0) -> tuple[np.ndarray, ...]:
+    """Moments [N] and the losses of two models whose difference has a part `shared` by all rows of one day."""
+    rng = np.random.default_rng(seed)
+    n = days * per_day
+    day = np.repeat(np.arange(days), per_day)
+    other = rng.random(n) + 1
+    mine = other + shared * rng.normal(size=days)[day] + rng.normal(size=n) - gain
+    return day * DAY + rng.integers(0, DAY, n), mine, other
+
+
+def by_days(days: int, per_day: int, shared: float, seed: int, gain: float = 0.0, *, whole: bool = True,
+            draws: int = 400) -> bootstrap.Difference:  # fmt: skip
+    moments, mine, other = two_models(days, per_day, shared, seed, gain)
+    by = bootstrap.units(moments) if whole else bootstrap.Units("row", len(moments))
+    assert by.by == ("day" if whole else "row")
+    a, b = bootstrap.mean_statistic(mine), bootstrap.mean_statistic(other)
+    return bootstrap.differences(a, {"b": b}, len(mine), higher_is_better=False, draws=draws, seed=seed, by=by)["b"]
+
+
+def width(found: bootstrap.Difference) -> float:
+    return found.high - found.low
+
+
+def test_days_are_utc_days_and_fewer_than_ten_of_them_leave_rows() -> None:
+    ten = np.arange(10) * DAY
+    found = bootstrap.units(np.concatenate([ten, ten + DAY - 1]))
+    assert (found.by, found.count) == ("day", 10)
+    assert found.of is not None and found.of.tolist() == [*range(10), *range(10)]
+    assert bootstrap.units(np.concatenate([ten[:9], ten[:9] + DAY - 1])) == bootstrap.Units("row", 18)
+
+
+def test_a_draw_takes_days_whole() -> None:
+    by = bootstrap.units(np.repeat(np.arange(12), 5) * DAY)
+    (counts,) = bootstrap._counts(np.random.default_rng(0), 60, by, 30)
+    assert (counts.reshape(30, 12, 5) == counts.reshape(30, 12, 5)[:, :, :1]).all()
+    assert (counts.sum(axis=1) == 60).all()
+
+
+def test_where_days_share_nothing_the_interval_is_about_the_rows() -> None:
+    ratios = [width(by_days(40, 25, 0.0, s)) / width(by_days(40, 25, 0.0, s, whole=False)) for s in range(10)]
+    assert 0.85 < np.mean(ratios) < 1.15
+
+
+def test_where_days_share_a_cause_the_interval_is_wider() -> None:
+    """25 rows a day and a shared part as large as the rows' own: sqrt(1 + 25) / sqrt(2) times as wide."""
+    ratios = [width(by_days(40, 25, 1.0, s)) / width(by_days(40, 25, 1.0, s, whole=False)) for s in range(10)]
+    assert 2.8 < np.mean(ratios) < 4.4
+
+
+def test_draws_of_days_of_unequal_size_keep_the_metric_a_mean() -> None:
+    moments = np.repeat(np.arange(12), np.arange(1, 13)) * DAY
+    losses = bootstrap.mean_statistic(np.full(len(moments), 2.0))
+    other = bootstrap.mean_statistic(np.full(len(moments), 3.0))
+    by = bootstrap.units(moments)
+    found = bootstrap.differences(losses, {"b": other}, len(moments), higher_is_better=False, draws=50, seed=0, by=by)[
+        "b"
+    ]
+    assert (found.low, found.high) == pytest.approx((1.0, 1.0))
+
+
+def test_the_seed_decides_days_too() -> None:
+    assert by_days(14, 20, 0.5, 3) == by_days(14, 20, 0.5, 3)
+
+
+def test_two_equal_models_seldom_beat_each_other_on_days_that_differ() -> None:
+    """The gate asks for low > 0, 2.5 % by chance. 15 of 300 is 5 %; drawing rows says so far more often."""
+    worlds = range(300)
+    wrong = sum(by_days(14, 10, 1.0, s, draws=200).low > 0 for s in worlds)
+    by_rows = sum(by_days(14, 10, 1.0, s, whole=False, draws=100).low > 0 for s in worlds)
+    assert wrong <= 15
+    assert by_rows > 45
+
+
+def test_a_better_model_is_still_seen_on_days_that_differ() -> None:
+    assert sum(by_days(14, 10, 0.3, s, gain=0.6).low > 0 for s in range(30)) >= 27
+
+
+@pytest.mark.parametrize(("freedom", "exact"), [(9, 2.26216), (13, 2.16037), (30, 2.04227), (1000, 1.96234)])
+def test_the_quantile_is_students(freedom: int, exact: float) -> None:
+    assert bootstrap.student_quantile(0.975, freedom) == pytest.approx(exact, rel=2e-4)
+
+
 def test_the_interval_covers_the_true_difference_about_as_often_as_it_says() -> None:
     """60 samples of one world: a 95 % interval that covered fewer than 50 of them would be wrong (p < 1e-3)."""
     covered = 0

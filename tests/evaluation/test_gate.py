@@ -19,7 +19,7 @@ def better(candidate: float = 0.74, other: float = 0.70, low: float = 0.01, high
 
 
 def numbers(**changes: object) -> Numbers:
-    return replace(Numbers(metrics=GOOD, baseline=better()), **changes)
+    return replace(Numbers(metrics=GOOD, baseline=better(), units="14 days"), **changes)
 
 
 def rules(**bounds: Bound) -> Rules:
@@ -36,7 +36,7 @@ def test_a_good_first_candidate_is_promoted_and_every_reason_says_why() -> None:
     assert decision.reasons == [
         "auc 0.74 ≥ 0.72",
         "p99_ms 1 ≤ 5",
-        "better than the baseline: auc better by +0.0400, 95 % interval +0.0100 … +0.0700",
+        "better than the baseline: auc better by +0.0400, 95 % interval over 14 days +0.0100 … +0.0700",
         "no champion yet",
         "auc 0.74 is believable (≤ 0.99)",
     ]
@@ -68,12 +68,24 @@ def test_candidate_and_champion_swapped_contradict_their_difference() -> None:
     assert "contradict" in check(decision, "better_than_champion").reason
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e6, 1e12])
+def test_a_contradiction_is_relative_to_the_size_of_the_numbers(scale: float) -> None:
+    """An rmse in the millions has rounding errors of its own size; a real contradiction is one at any size."""
+    candidate, other = 1.1 * scale, 1.3 * scale
+    rounded = Versus(candidate, other, (other - candidate) * (1 + 1e-10), 0.1 * scale, 0.3 * scale)
+    own = {"rmse": candidate, "mae": 1.0, "r2": 0.5}
+    assert decide(Rules("regression", {}), Numbers(own, rounded, "14 days")).verdict == "promote"
+    wrong = replace(rounded, delta=0.21 * scale)
+    decision = decide(Rules("regression", {}), Numbers(own, wrong, "14 days"))
+    assert "contradict" in check(decision, "better_than_baseline").reason
+
+
 def test_lower_is_better_for_the_primary_of_a_regression() -> None:
     own = {"rmse": 1.0, "mae": 0.8, "r2": 0.5}
     lower = Versus(1.0, 1.2, 0.2, 0.1, 0.3)
-    assert decide(Rules("regression", {}), Numbers(own, lower)).verdict == "promote"
+    assert decide(Rules("regression", {}), Numbers(own, lower, "14 days")).verdict == "promote"
     higher = Versus(1.2, 1.0, 0.2, 0.1, 0.3)  # called better although its error is larger
-    assert decide(Rules("regression", {}), Numbers(own, higher)).verdict == "kept"
+    assert decide(Rules("regression", {}), Numbers(own, higher, "14 days")).verdict == "kept"
 
 
 def test_a_champion_that_cannot_score_holds_nothing_back_and_it_is_said() -> None:

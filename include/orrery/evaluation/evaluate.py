@@ -119,8 +119,9 @@ def _report(
     task = work.spec.task
     primary = PRIMARY[task]
     numbers = {n: metrics.all_metrics(task, rows.y, p) for n, p in predictions.items()}
+    units = bootstrap.units(holdout.moments(rows.table))
     with _timed(work, "bootstrap"):
-        compared = _compare(work, params, rows, predictions)
+        compared = _compare(work, params, rows, predictions, units)
     times = pc.min_max(rows.table[tables.PREDICTION_TIME]).as_py()
     return {
         "task": task,
@@ -136,13 +137,16 @@ def _report(
         },
         "metrics": {n: {k: _finite(v) for k, v in values.items()} for n, values in numbers.items()},
         "comparisons": {n: {k: _finite(v) for k, v in asdict(d).items()} for n, d in compared.items()},
+        "bootstrap": {"by": units.by, "units": units.count},
         "slices": _slices(rows, predictions["candidate"], candidate, primary),
         "disparity": _disparity(work, rows, predictions["candidate"]),
         "best_single_feature": leaks.best_single_feature(rows, candidate.schema, task),
     }
 
 
-def _compare(work: Work, params: EvaluateParams, rows: Holdout, predictions: Predictions) -> dict[str, Difference]:
+def _compare(
+    work: Work, params: EvaluateParams, rows: Holdout, predictions: Predictions, units: bootstrap.Units
+) -> dict[str, Difference]:
     task = work.spec.task
     statistics = {n: bootstrap.primary_statistic(task, rows.y, p) for n, p in predictions.items()}
     candidate = statistics.pop("candidate")
@@ -154,6 +158,7 @@ def _compare(work: Work, params: EvaluateParams, rows: Holdout, predictions: Pre
             higher_is_better=METRICS[PRIMARY[task]],
             draws=params.draws,
             seed=params.seed,
+            by=units,
             on_draws=tick,
         )
 

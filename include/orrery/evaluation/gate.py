@@ -40,7 +40,7 @@ CHANCE: dict[str, float] = {"auc": 0.5, "r2": 0.0}
 SINGLE_SHARE = 0.9
 # Measured on a machine at a moment, not computed from the rows.
 MEASURED = frozenset({"p50_ms", "p99_ms"})
-# A difference and the two metrics that it was made of are computed apart, in float64.
+# A difference and the two metrics that it was made of are computed apart, in float64: relative to their size.
 CONTRADICTION = 1e-9
 
 
@@ -71,10 +71,14 @@ class Versus:
 
 @dataclass(frozen=True)
 class Numbers:
-    """What was recorded of one evaluation. `champion` is the window it was trained on, None when there is none."""
+    """What was recorded of one evaluation. `champion` is the window it was trained on, None when there is none.
+
+    `units` is what the bootstrap drew, as words: "14 days", "2,000 rows".
+    """
 
     metrics: Mapping[str, float | None]
     baseline: Versus | None
+    units: str
     champion: str | None = None
     versus_champion: Versus | None = None
     champion_unusable: str | None = None
@@ -140,6 +144,7 @@ def read(report: Mapping[str, Any], measured: Mapping[str, float]) -> Numbers:
     return Numbers(
         metrics={**own, **{k: measured.get(k) for k in (*sorted(MEASURED), "size_mb")}},
         baseline=versus("baseline"),
+        units=f"{report['bootstrap']['units']:,} {report['bootstrap']['by']}s",
         champion=champion["window"] if champion else None,
         versus_champion=versus("champion"),
         champion_unusable=champion["unusable"] if champion else None,
@@ -156,7 +161,7 @@ def decide(rules: Rules, numbers: Numbers) -> Decision:
         checks += _bounds(rules, metric, bound, numbers.metrics.get(metric))
     if rules.disparity is not None:
         checks.append(_disparity(rules.disparity, numbers.disparity))
-    checks.append(_better(rules, "baseline", "the baseline", numbers.baseline))
+    checks.append(_better(rules, "baseline", "the baseline", numbers.baseline, numbers.units))
     checks.append(_champion(rules, numbers))
     checks += _leak(rules, numbers)
     return Decision("promote" if all(c.passed for c in checks) else "kept", tuple(checks))
@@ -206,10 +211,10 @@ def _champion(rules: Rules, numbers: Numbers) -> Check:
     if numbers.champion_unusable:
         why = f"the champion of {numbers.champion} cannot score these rows, so it holds nothing back"
         return Check(name, None, 0.0, True, f"{why}: {numbers.champion_unusable}")
-    return _better(rules, "champion", f"the champion of {numbers.champion}", numbers.versus_champion)
+    return _better(rules, "champion", f"the champion of {numbers.champion}", numbers.versus_champion, numbers.units)
 
 
-def _better(rules: Rules, name: str, words: str, versus: Versus | None) -> Check:
+def _better(rules: Rules, name: str, words: str, versus: Versus | None, units: str) -> Check:
     """Better by more than chance: the interval's lower end is above zero. Equal is not better."""
     name, primary = f"better_than_{name}", PRIMARY[rules.task]
     known = [finite(v) for v in asdict(versus).values()] if versus else [None]
@@ -217,11 +222,11 @@ def _better(rules: Rules, name: str, words: str, versus: Versus | None) -> Check
         return Check(name, None, 0.0, False, f"not compared with {words}: {primary} or its interval is missing")
     candidate, other, delta, low, high = (float(v) for v in known if v is not None)
     gain = (candidate - other) * (1 if METRICS[primary] else -1)
-    if not low <= high or abs(delta - gain) > CONTRADICTION:
+    if not low <= high or abs(delta - gain) > CONTRADICTION * max(1.0, abs(candidate), abs(other)):
         why = f"{primary} {candidate:g} and {other:g} of {words}, difference {delta:+g} from {low:+g} to {high:+g}"
         return Check(name, low, 0.0, False, f"the numbers contradict each other: {why}")
     passed = low > 0 and gain > 0
-    interval = f"{primary} better by {delta:+.4f}, 95 % interval {low:+.4f} … {high:+.4f}"
+    interval = f"{primary} better by {delta:+.4f}, 95 % interval over {units} {low:+.4f} … {high:+.4f}"
     return Check(name, low, 0.0, passed, f"{'' if passed else 'not '}better than {words}: {interval}")
 
 

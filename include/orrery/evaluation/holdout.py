@@ -62,6 +62,12 @@ def _moment(text: str, kind: pa.DataType) -> pa.Scalar:
     return pa.scalar(moment if kind.tz else moment.replace(tzinfo=None), type=kind)
 
 
+def moments(table: pa.Table) -> npt.NDArray[np.int64]:
+    """Return `prediction_time` [N] in microseconds since 1970; a time without a zone is UTC."""
+    micros = table[tables.PREDICTION_TIME].cast(pa.timestamp("us", tz="UTC"), safe=False).cast(pa.int64())
+    return np.asarray(micros.to_numpy(), dtype=np.int64)
+
+
 def labelled(table: pa.Table, task: Task, classes: tuple[str, ...] = ()) -> Holdout:
     """Return the rows with their labels as numbers. A class that no model knows is added after `classes`.
 
