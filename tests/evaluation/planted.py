@@ -156,13 +156,14 @@ class House:
         return self.commit("materialize", address, {"features.parquet": file.read_bytes()}, key=key)
 
     def candidate(self, model: tuple[bytes, Schema], features: Sequence[Manifest], address: str = "c1", *,
-                  baseline: tuple[bytes, Schema] | None = None, key: str = WINDOW) -> Manifest:  # fmt: skip
+                  baseline: tuple[bytes, Schema] | None = None, key: str = WINDOW,
+                  holdout: datetime = HOLDOUT) -> Manifest:  # fmt: skip
         """Commit a training's output; the baseline is a guess from noise unless given."""
         graph, schema = model
         if baseline is None:
             nothing = dict.fromkeys(schema.numeric, 0.0)
             baseline = linear(nothing, categories=list(schema.vocabularies), task=schema.task, classes=schema.classes)
-        split = {"tune_start": START.isoformat(), "holdout_start": HOLDOUT.isoformat()}
+        split = {"tune_start": START.isoformat(), "holdout_start": holdout.isoformat()}
         files = {
             "model.onnx": graph,
             "baseline.onnx": baseline[0],

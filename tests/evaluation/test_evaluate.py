@@ -39,7 +39,8 @@ def test_every_model_is_measured_on_the_same_later_rows(house: House) -> None:
     assert result.metrics["auc"] == pytest.approx(sk.roc_auc_score(y, (a + b).astype(np.float32)), abs=1e-4)
     assert result.metrics["champion_auc"] == pytest.approx(sk.roc_auc_score(y, a), abs=1e-4)
     assert result.metrics["baseline_auc"] == 0.5
-    assert report["champion"] == {"window": "2012-12..2012-12", "unusable": None}
+    expected = {"window": "2012-12..2012-12", "unusable": None, "fitted_until": HOLDOUT.isoformat(), "seen": 0.0}
+    assert report["champion"] == expected
     assert report["bootstrap"] == {"by": "day", "units": 43}  # 1,000 hours, from the afternoon of one day
     assert any("95 % interval over 43 days" in reason for reason in house.gate(manifest).reasons)
     table = predictions(house, manifest)

@@ -54,7 +54,7 @@ def run(work: Work, params: EvaluateParams) -> Result:
     rows = holdout.labelled(table, work.spec.task, classes)
     measured = {n: _aligned(p, candidate, len(rows.classes)) for n, p in predictions.items()}
     report = _report(work, params, rows, measured, candidate, start)
-    report["champion"] = {"window": champion[0].key, "unusable": unusable or None} if champion else None
+    report["champion"] = _told(work, champion[0], unusable, rows) if champion else None
     work.write_json("report.json", report)
     tables.write_parquet(_predictions_table(rows, predictions), work.path("predictions.parquet"))
     result = Result(metrics=_flat(report), reasons=_undefined(report))
@@ -74,8 +74,12 @@ def _open_candidate(work: Work, training: Manifest) -> tuple[Exported, Exported,
             hint=f"train {work.config.key} again",
         )
     baseline = exported.load(work.open_input, training, "baseline", "baseline.onnx")
-    split = json.loads(work.open_input(training, "split.json").read_bytes())
-    return candidate, baseline, str(split["holdout_start"])
+    return candidate, baseline, _holdout_start(work, training)
+
+
+def _holdout_start(work: Work, training: Manifest) -> str:
+    """Return where a training's holdout starts: all that it was fitted and tuned on is earlier."""
+    return str(json.loads(work.open_input(training, "split.json").read_bytes())["holdout_start"])
 
 
 def _champion(
@@ -97,6 +101,19 @@ def _champion(
         return "", values, ()
     known = (*candidate.schema.classes, *(c for c in champion.schema.classes if c not in candidate.schema.classes))
     return "", _reordered(values, champion.schema.classes, known), known
+
+
+def _told(work: Work, training: Manifest, unusable: str, rows: Holdout) -> dict[str, Any]:
+    """Return what the report says of the champion; `seen`: the share of these rows before its training's end."""
+    if unusable:
+        return {"window": training.key, "unusable": unusable}
+    end = _holdout_start(work, training)
+    return {
+        "window": training.key,
+        "unusable": None,
+        "fitted_until": end,
+        "seen": holdout.share_before(rows.table, end),
+    }
 
 
 def _reordered(values: Array, own: tuple[str, ...], known: tuple[str, ...]) -> Array:

@@ -38,6 +38,9 @@ TOO_GOOD: dict[str, tuple[str, float]] = {
 SINGLE: dict[str, float] = {"auc": 0.90, "r2": 0.95}
 CHANCE: dict[str, float] = {"auc": 0.5, "r2": 0.0}
 SINGLE_SHARE = 0.9
+# The same window landed again moves the holdout's start by a few rows; beyond this share, the champion's numbers on
+# these rows are those of rows that it was fitted on, or of its past.
+SEEN = 0.01
 # Measured on a machine at a moment, not computed from the rows.
 MEASURED = frozenset({"p50_ms", "p99_ms"})
 # A difference and the two metrics that it was made of are computed apart, in float64: relative to their size.
@@ -73,7 +76,8 @@ class Versus:
 class Numbers:
     """What was recorded of one evaluation. `champion` is the window it was trained on, None when there is none.
 
-    `units` is what the bootstrap drew, as words: "14 days", "2,000 rows".
+    `units` is what the bootstrap drew, as words: "14 days", "2,000 rows". `champion_seen` is the share of the rows
+    that are earlier than `champion_fitted_until`.
     """
 
     metrics: Mapping[str, float | None]
@@ -82,6 +86,8 @@ class Numbers:
     champion: str | None = None
     versus_champion: Versus | None = None
     champion_unusable: str | None = None
+    champion_fitted_until: str = ""
+    champion_seen: float = 0.0
     disparity: float | None = None
     best_feature: str | None = None
     best_feature_value: float | None = None
@@ -148,6 +154,8 @@ def read(report: Mapping[str, Any], measured: Mapping[str, float]) -> Numbers:
         champion=champion["window"] if champion else None,
         versus_champion=versus("champion"),
         champion_unusable=champion["unusable"] if champion else None,
+        champion_fitted_until=champion.get("fitted_until", "") if champion else "",
+        champion_seen=champion.get("seen", 0.0) if champion else 0.0,
         disparity=report["disparity"]["difference"] if report.get("disparity") else None,
         best_feature=best["name"] if best else None,
         best_feature_value=best["value"] if best else None,
@@ -163,6 +171,7 @@ def decide(rules: Rules, numbers: Numbers) -> Decision:
         checks.append(_disparity(rules.disparity, numbers.disparity))
     checks.append(_better(rules, "baseline", "the baseline", numbers.baseline, numbers.units))
     checks.append(_champion(rules, numbers))
+    checks += _seen(numbers)
     checks += _leak(rules, numbers)
     return Decision("promote" if all(c.passed for c in checks) else "kept", tuple(checks))
 
@@ -212,6 +221,17 @@ def _champion(rules: Rules, numbers: Numbers) -> Check:
         why = f"the champion of {numbers.champion} cannot score these rows, so it holds nothing back"
         return Check(name, None, 0.0, True, f"{why}: {numbers.champion_unusable}")
     return _better(rules, "champion", f"the champion of {numbers.champion}", numbers.versus_champion, numbers.units)
+
+
+def _seen(numbers: Numbers) -> list[Check]:
+    """Refuse a comparison on rows that are no future to the champion; a champion that cannot score has none."""
+    if numbers.champion is None or numbers.champion_unusable:
+        return []
+    share, passed = numbers.champion_seen, numbers.champion_seen <= SEEN
+    what = f"{share:.0%} of these rows are from before {numbers.champion_fitted_until}, where its training ended"
+    why = f"the champion of {numbers.champion} has seen these rows or comes after them: {what}; ask for a later window"
+    reason = f"these rows are later than what the champion of {numbers.champion} was fitted on"
+    return [Check("champion_apart", share, SEEN, passed, reason if passed else why)]
 
 
 def _better(rules: Rules, name: str, words: str, versus: Versus | None, units: str) -> Check:

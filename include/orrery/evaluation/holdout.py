@@ -68,6 +68,12 @@ def moments(table: pa.Table) -> npt.NDArray[np.int64]:
     return np.asarray(micros.to_numpy(), dtype=np.int64)
 
 
+def share_before(table: pa.Table, moment: str) -> float:
+    """Return the share of rows with prediction_time < `moment` (ISO 8601)."""
+    times = table[tables.PREDICTION_TIME]
+    return float(pc.mean(pc.less(times, _moment(moment, times.type)).cast(pa.float64())).as_py() or 0.0)
+
+
 def labelled(table: pa.Table, task: Task, classes: tuple[str, ...] = ()) -> Holdout:
     """Return the rows with their labels as numbers. A class that no model knows is added after `classes`.
 
