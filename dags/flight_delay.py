@@ -1,7 +1,4 @@
-"""# flight_delay: will a flight arrive more than 15 minutes late?
-
-An Airflow Dag file: the three Dags of this project (`ingest`, `train`, `score`) are made from
-`include/projects/flight_delay/`. Owner: **ops-ml**.
+"""**If red at** a task, do this. Owner: **ops-ml**.
 
 | red at | means | do |
 | --- | --- | --- |
@@ -10,10 +7,11 @@ An Airflow Dag file: the three Dags of this project (`ingest`, `train`, `score`)
 | `materialize` | features.py does not fit the data, or the features are stale | the message names the view and the column; run `orrery check flight_delay` |
 | `train` | model.py or its parameters are wrong, or the machine was lost | 64: read the message; else it is tried again by itself |
 | `evaluate`, `gate` | never red because of a weak model: a refused candidate is **green** with verdict `kept` | a red one is a bug or a missing input: read the message |
-| `register`, `promote` | MLflow is down | `make status`; they are tried again for about ten minutes. After that, clear the task: the promotion happens once |
+| `register`, `promote` | MLflow is down | `make status`; they are tried again for ten to twenty minutes. After that, clear the task: the promotion happens once |
 | `score` | the features of the partition are missing, or Spark could not start | clear it after `ingest` of that partition is green |
 
-A bad champion? `orrery ledger flight_delay`, then `orrery rollback flight_delay`.
+An Airflow Dag file: the three Dags of this project (`ingest`, `train`, `score`; will a flight arrive more than
+15 minutes late?) are made from `include/projects/flight_delay/`. A bad champion? `orrery ledger flight_delay`, then `orrery rollback flight_delay`.
 """
 
 from orrery.orchestration import lifecycle

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -82,10 +83,16 @@ def test_three_months_make_a_quarter_and_nothing_less() -> None:
 def test_every_task_has_owner_pool_timeout_and_retry_policy(bag) -> None:
     from orrery.orchestration.retry import RETRIES
 
+    from orrery import platform
+    from orrery.spec import load_model
+
     for dag in bag.dags.values():
-        assert dag.doc_md and "red at" in dag.doc_md
+        owner = load_model(platform.project_folder(dag.dag_id.partition(".")[0])).owner
+        assert dag.doc_md and dag.doc_md.startswith("**If red at**")
+        assert {"orrery", dag.dag_id.partition(".")[0], f"owner:{owner}"} <= set(dag.tags)
+        assert dag.description
         for task in dag.tasks:
-            assert task.owner == "ops-ml"
+            assert task.owner == owner
             assert task.pool.startswith("orrery-")
             assert task.execution_timeout is not None
             assert task.retries == RETRIES
@@ -196,19 +203,33 @@ assert not bag.import_errors, bag.import_errors
 from orrery.orchestration.pods import PodStepOperator
 task = bag.dags["flight_delay.train"].get_task("train")
 assert isinstance(task, PodStepOperator), type(task)
-task.arguments = ["step", "--config", "s3://b/c.json", "--result", "s3://b/r.json"]
 # No cluster here: rendering asks the hook only whether it runs inside one.
 task.hook.__dict__.update(api_client=None, _is_in_cluster=True)
-pod = task.build_pod_request_obj()
+from types import SimpleNamespace as Some
+from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
+from orrery.plan import Planner, safe_name
+pods = []
+# In the place of the cluster: what the launcher would have it run.
+KubernetesPodOperator.execute = lambda self, context: pods.append(self.build_pod_request_obj())
+run = safe_name("flight_delay.train--manual__2026-11-24T13:20:35.123456+00:00_with_a_long_tail")
+config = Some(store="s3://b", folder="p/runs/r/1", run=run, attempt=2)
+launch = task._make_launcher({}, Planner("flight_delay"))
+assert launch(Some(config=config, environment={"MLFLOW_TRACKING_URI": "http://mlflow"})) == 0
+assert not task.durable and not task.deferrable
+pod = pods[0]
 from kubernetes.client import ApiClient
 print(json.dumps(ApiClient().sanitize_for_serialization(pod)))
 """
 
 
+GPU = "gpu: 1, node_selector: {pool: a}, tolerations: [{key: spot, operator: Exists, tolerationSeconds: 60}]"
+
+
 def test_the_kubernetes_profile_renders_pods_from_the_compute_class(tmp_path: Path) -> None:
     platform = (
-        (ROOT / "include" / "platform.yaml").read_text().replace('cpu-small: {cpu: "2"', 'cpu-small: {gpu: 1, cpu: "2"')
+        (ROOT / "include" / "platform.yaml").read_text().replace('cpu-small: {cpu: "2"', f'cpu-small: {{{GPU}, cpu: "2"')
     )
+    assert GPU in platform
     (tmp_path / "platform.yaml").write_text(platform)
     env = {
         **os.environ,
@@ -224,13 +245,21 @@ def test_the_kubernetes_profile_renders_pods_from_the_compute_class(tmp_path: Pa
     container = pod["spec"]["containers"][0]
     assert container["image"] == "orrery/ml:0.1.0"
     assert container["command"] == ["orrery"]
-    assert container["args"] == ["step", "--config", "s3://b/c.json", "--result", "s3://b/r.json"]
+    folder = "s3://b/p/runs/r/1"
+    assert container["args"] == ["step", "--config", f"{folder}/config.json", "--result", f"{folder}/result.json"]
+    assert {"name": "MLFLOW_TRACKING_URI", "value": "http://mlflow"} in container["env"]
     assert container["resources"] == {
         "requests": {"cpu": "2", "memory": "6Gi"},
         "limits": {"memory": "6Gi", "nvidia.com/gpu": "1"},
     }
     assert pod["metadata"]["labels"]["orrery/project"] == "flight_delay"
     assert pod["metadata"]["labels"]["orrery/step"] == "train"
+    assert pod["metadata"]["labels"]["orrery/attempt"] == "2"
+    # What a cluster accepts as a label's value (a default run id holds +00:00).
+    values = pod["metadata"]["labels"].values()
+    assert all(re.fullmatch(r"([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?", v) for v in values), values
+    assert pod["spec"]["nodeSelector"] == {"pool": "a"}
+    assert pod["spec"]["tolerations"] == [{"key": "spot", "operator": "Exists", "tolerationSeconds": 60}]
     assert pod["spec"]["serviceAccountName"] == "orrery-step"
     assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
     assert pod["spec"].get("automountServiceAccountToken") is False

@@ -13,9 +13,7 @@ from orrery.contract import VERBS
 from orrery.orchestration import params, retry, timetables
 from orrery.orchestration.assets import asset
 from orrery.orchestration.operators import StepOperator
-from orrery.spec import ModelSpec, load_model
-
-SECONDS = {"s": 1, "m": 60, "h": 3600}
+from orrery.spec import ModelSpec, load_model, seconds
 
 
 def lifecycle(project: str, doc: str | None) -> dict[str, DAG]:
@@ -61,7 +59,7 @@ def _train(project: str, spec: ModelSpec, doc: str | None) -> DAG:
             release = [
                 _step(project, "gate", window=True),
                 _step(project, "register", window=True),
-                # One promotion at a time, whatever project: two at once could each see the other's champion.
+                # One release at a time: the registry is the smallest server. (A lease guards each project's champion.)
                 _step(project, "promote", window=True, outlets=[asset(project, "champion")], pool="orrery-release"),
             ]
         _chain([*data, *fit, *release])
@@ -80,13 +78,12 @@ def _dag(project: str, verb: str, spec: ModelSpec, doc: str | None, schedule: An
         dag_id=f"{project}.{verb}",
         schedule=schedule,
         catchup=False,
-        # Runs of one Dag go in key order: features look back, and a gate compares with the champion before it.
+        # One after the other: features look back, and a gate compares with the champion before it.
         max_active_runs=1,
         tags=["orrery", project, spec.task, f"owner:{spec.owner}"],
         description=(spec.description or f"{verb} of {project}").splitlines()[0][:200],
         doc_md=doc,
         params=params.form(spec.grain, window=window, length=spec.train.window),
-        render_template_as_native_obj=False,
         default_args={
             "owner": spec.owner,
             "retries": retry.RETRIES,
@@ -116,7 +113,7 @@ def _step(
         "verb": verb,
         "window": window,
         "pool": pool or klass.pool,
-        "execution_timeout": timedelta(seconds=int(klass.timeout[:-1]) * SECONDS[klass.timeout[-1]]),
+        "execution_timeout": timedelta(seconds=seconds(klass.timeout)),
         "doc_md": f"`{verb}` in environment `{VERBS[verb].environment}` on compute class `{name}`.",
         **kwargs,
     }

@@ -19,6 +19,7 @@ from orrery.store import Store
 
 MAX_BYTES = 50 << 20
 EVIDENCE_PATH = re.compile(r"^[a-z][a-z0-9_]{0,62}/runs/[^/]+/[^/]+/[0-9]+/evidence/.+$", flags=re.ASCII)
+VERBS_OF_DAGS = ("ingest", "train", "score")
 HEADERS = {
     "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src 'self' data:",
     "X-Content-Type-Options": "nosniff",
@@ -39,8 +40,10 @@ app = FastAPI(title="Orrery evidence", docs_url=None, redoc_url=None, openapi_ur
 @app.get("/{dag_id}/{path:path}", dependencies=[Depends(requires_access_dag("GET", DagAccessEntity.TASK_LOGS))])
 def evidence(dag_id: str, path: str) -> Response:
     """Return one file of an attempt's evidence. 404 for anything that is not evidence of this Dag's project."""
-    project = dag_id.partition(".")[0]
-    if not EVIDENCE_PATH.match(path) or not path.startswith(f"{project}/"):
+    project, _, verb = dag_id.partition(".")
+    # Only Dags that there are: who may read what is asked of the Dag, and nobody owns one that does not exist.
+    known = verb in VERBS_OF_DAGS and EVIDENCE_PATH.match(path) and path.startswith(f"{project}/")
+    if not known:
         raise HTTPException(404, "not a file of this project's evidence")
     try:
         store = Store(platform.load().store)

@@ -1,6 +1,7 @@
 """The note on a run: what came of it, so that the list of runs can be read without opening any.
 
-Airflow's scheduler calls the listener; a note that cannot be written is logged and never fails a run.
+Airflow's scheduler calls the listener; a note that cannot be written is logged and never fails a run. What a
+person wrote on the run stays, above ours; ours is written anew each time the run ends (red, cleared, green).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from airflow.models.dagrun import DagRun
 
 log = logging.getLogger("orrery.notes")
-MAX_LENGTH = 900
+MAX_LENGTH = 900  # Airflow's column takes 1000
+OURS = "— Orrery —\n"
 
 
 class Notes:
@@ -33,30 +35,49 @@ class Notes:
         self._note(dag_run)
 
     def _note(self, dag_run: DagRun) -> None:
+        project, _, verb = dag_run.dag_id.partition(".")
+        if verb not in ("ingest", "train", "score"):
+            return
         try:
-            project, _, verb = dag_run.dag_id.partition(".")
-            if verb not in ("ingest", "train", "score") or dag_run.note:
-                return
-            text = note(project, run_name(dag_run))
-            if text:
-                dag_run.note = text[:MAX_LENGTH]
+            if text := note(project, run_name(dag_run)):
+                _write(dag_run, text)
         except Exception:
             log.exception("the note of run %s could not be written", dag_run.run_id)
 
 
+def _write(dag_run: DagRun, text: str) -> None:
+    """Put our part of the note in place. The scheduler commits it; a run of `dag.test()` is in no session any more."""
+    from airflow.utils.session import create_session
+    from sqlalchemy.orm import object_session
+
+    if object_session(dag_run) is None:
+        with create_session() as session:
+            found = session.get(type(dag_run), dag_run.id)
+            if found is not None:
+                found.note = merged(found.note, text)
+        return
+    dag_run.note = merged(dag_run.note, text)
+
+
+def merged(before: str | None, text: str) -> str:
+    """Return the note with our part new, below what a person wrote."""
+    theirs = (before or "").partition(OURS)[0].rstrip()[: MAX_LENGTH // 2]
+    return f"{theirs}\n{OURS}{text}".lstrip()[:MAX_LENGTH]
+
+
 def note(project: str, run: str) -> str:
-    """Return the note for a run, from the ledger: its last steps that say something."""
+    """Return the note for a run, from the ledger: how each of its steps ended at last, if that says something."""
     from orrery import platform
     from orrery.ledger import Ledger
 
     prefix = f"{project}/runs/{run}/"
     entries = Ledger(platform.load().ledger).find(project, "run", prefix=prefix)
-    lines = []
-    for entry in entries:
-        p = entry.payload
+    last = {(entry.payload["verb"], entry.payload["key"]): entry.payload for entry in entries}
+    lines: list[str] = []
+    for (verb, key), p in last.items():
         if p["status"] != "done":
-            lines.append(f"{p['verb']} {p['key']}: {p.get('error', p['status'])}")
-        elif p["verb"] in ("ingest", "gate", "promote", "score"):
-            lines.append(f"{p['verb']} {p['key']}: {p.get('verdict') or p.get('skipped') or 'done'}")
+            lines.append(f"{verb} {key}: {p.get('error', p['status'])}")
+        elif verb in ("ingest", "gate", "promote", "score"):
+            lines.append(f"{verb} {key}: {p.get('verdict') or p.get('skipped') or 'done'}")
             lines.extend(f"- {reason}" for reason in p.get("reasons", ())[:12])
     return "\n".join(lines)

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 from airflow.sdk import BaseOperator
 from airflow.sdk.exceptions import AirflowSkipException
 
-from orrery.contract import VERBS, Result
-from orrery.errors import OrreryError, RequestError
+from orrery import platform
+from orrery.contract import STATUS_OF_CODE, VERBS, Result
+from orrery.errors import OrreryError, RequestError, UserError
+from orrery.ledger import Ledger
 from orrery.log import shown
 from orrery.orchestration import links, params
 from orrery.plan import Plan, Planner, Request
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from airflow.sdk import Context
 
 log = logging.getLogger("orrery.step")
+# Verdicts of a step that ended well and made nothing: the gate had kept the champion, there is none to score with.
+NOTHING_MADE = frozenset({"kept", "skipped"})
 
 
 class StepOperator(BaseOperator):
@@ -43,6 +47,8 @@ class StepOperator(BaseOperator):
             return self._execute(context)
         except OrreryError as e:
             log.error("%s", e)
+            if "config" not in e.details:
+                self._record_refusal(context, e)
             if e.details.get("links"):
                 self._push_links(context, Result(links=dict(e.details["links"])))  # type: ignore[call-overload]
             # The frames that lead here say nothing to the reader of the log; the message above says it all.
@@ -56,6 +62,9 @@ class StepOperator(BaseOperator):
             self._say_plan(planner, requests)
             raise AirflowSkipException("dry run: nothing was done")
         results = [self._one(context, planner, request) for request in requests]
+        if self.verb != "gate" and results[-1].verdict in NOTHING_MADE:
+            # Green and told apart: a task that succeeds would announce its outlets, a champion that is none.
+            raise AirflowSkipException(f"{self.verb}: {results[-1].skipped}")
         self._emit(context, requests)
         return summary(results[-1], len(results))
 
@@ -111,10 +120,33 @@ class StepOperator(BaseOperator):
         """Return the URLs of SQL sources, from Airflow's connections, for the ingest step's environment alone."""
         if self.verb != "ingest":
             return {}
-        from airflow.sdk import BaseHook
-
         found = {n: s.connection for n, s in planner.spec.sources.items() if s.connection}
-        return {f"ORRERY_SOURCE_{n.upper()}": BaseHook.get_connection(c).get_uri() for n, c in found.items()}
+        return {f"ORRERY_SOURCE_{n.upper()}": self._url(n, c) for n, c in found.items()}
+
+    def _url(self, source: str, connection: str) -> str:
+        from airflow.sdk import BaseHook
+        from airflow.sdk.exceptions import AirflowNotFoundException
+
+        try:
+            return str(BaseHook.get_connection(connection).get_uri())
+        except AirflowNotFoundException:
+            raise UserError(
+                f"source {source} of {self.project} reads connection {connection!r}, which Airflow does not have",
+                hint="add it in Airflow (Admin, Connections) or in airflow_settings.yaml",
+            ) from None
+
+    def _record_refusal(self, context: Context, error: OrreryError) -> None:
+        """Write into the ledger why no attempt was even started: the note on the run is made of it."""
+        run, ti = context["dag_run"], context["ti"]
+        key = f"{self.project}/runs/{params.run_name(run)}/{ti.task_id}-refused/{ti.try_number}"
+        status = STATUS_OF_CODE.get(error.exit_code, "bug")
+        payload = {"verb": self.verb, "key": str(run.partition_key or ""), "status": status, "attempt": key}
+        payload |= {"verdict": None, "skipped": None, "error": error.message, "reasons": [], "metrics": {}}
+        actor = run.triggering_user_name or "airflow"
+        try:
+            Ledger(platform.load().ledger).record(self.project, "run", key, "done", actor, {**payload, "seconds": {}})
+        except OrreryError as e:
+            log.warning("the refusal is not in the ledger: %s", e)
 
     def _push_links(self, context: Context, result: Result) -> None:
         for key, url in links.urls(result, context["dag_run"].dag_id).items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
+from airflow.providers.cncf.kubernetes.pod_generator import make_safe_label_value
 from kubernetes.client import models as k8s
 
 from orrery import platform
@@ -62,7 +63,8 @@ class PodStepOperator(StepOperator, KubernetesPodOperator):
             self.arguments = step_arguments(plan)
             self.labels = {
                 **base,
-                "orrery/run": plan.config.run[-63:].strip("-_."),
+                # A run id holds what a label may not (+00:00); Airflow shortens and cleans it as its own labels.
+                "orrery/run": make_safe_label_value(plan.config.run),
                 "orrery/attempt": str(plan.config.attempt),
             }
             self.env_vars = [k8s.V1EnvVar(name=k, value=v) for k, v in sorted(plan.environment.items())]
@@ -113,6 +115,11 @@ def pod_arguments(where: Platform, compute: Compute, environment: str, project: 
         "env_from": secret,
         # The result document is the truth; the XCom sidecar would be a second one, and needs websocket exec.
         "do_xcom_push": False,
+        # Another attempt has a config and a result document of its own, so it may not take up an earlier pod;
+        # the lease keeps that one from committing.
+        "durable": False,
+        # The launcher waits for the pod's end here and now, whatever Airflow's default is.
+        "deferrable": False,
         "get_logs": True,
         "on_finish_action": "delete_pod",
         # 30 s of grace covers a step's clean end (SIGTERM to exit 143).

@@ -6,7 +6,8 @@ from datetime import timedelta
 
 from airflow.sdk import ExceptionRetryPolicy, RetryAction, RetryRule
 
-# With the back-off below: 20, 40, 80, 160 and 320 s, about ten minutes, then a person is asked.
+# Airflow's back-off waits between one and two times 20, 40, 80, 160 and 320 s: ten to twenty minutes in all,
+# then a person is asked.
 RETRIES = 5
 DELAY = timedelta(seconds=20)
 MAX_DELAY = timedelta(minutes=10)
@@ -15,7 +16,7 @@ MAX_DELAY = timedelta(minutes=10)
 def policy() -> ExceptionRetryPolicy:
     """Return the retry policy of every step.
 
-    64 (someone must act) fails at once; 143 is tried again after a short wait; 75 and what is left, a bug or a
+    64 (someone must act) fails at once; 143 is tried again after 20 s; 75 and what is left, a bug or a
     process that vanished, are tried again with Airflow's back-off (`RETRIES`).
     """
     return ExceptionRetryPolicy(

@@ -1,11 +1,10 @@
-"""
-# house_energy
-
-The Airflow Dags of the tests' second project. Owner: **grid-planning**.
+"""**If red at** a task, do this. Owner: **grid-planning**.
 
 | red at | means | do |
 | --- | --- | --- |
 | any task | a test found something | read its log |
+
+The Airflow Dags of the tests' second project.
 """
 
 from orrery.orchestration import lifecycle

@@ -1,0 +1,60 @@
+"""The note on a run, and the buttons on its tasks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from orrery.contract import Result
+from orrery.ledger import Ledger
+
+
+def test_what_a_person_wrote_stays_and_ours_is_written_anew() -> None:
+    from orrery.orchestration.notes import MAX_LENGTH, merged
+
+    red = merged("look at this, Ada", "validate 2013-02: a check fails")
+    green = merged(red, "ingest 2013-02: done")
+    assert green.startswith("look at this, Ada\n") and green.endswith("ingest 2013-02: done")
+    assert "a check fails" not in green
+    assert merged(None, "x") == merged("", "x")
+    assert len(merged("a" * 5000, "b" * 5000)) == MAX_LENGTH
+
+
+def test_a_note_tells_how_each_step_ended_at_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from orrery.orchestration.notes import note
+
+    monkeypatch.setenv("ORRERY_LEDGER", f"sqlite:///{tmp_path}/ledger.db")
+    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
+
+    def record(attempt: int, status: str, **more: object) -> None:
+        payload = {"verb": "score", "key": "2013-04", "status": status, "verdict": None, "skipped": None, **more}
+        ledger.record("flight_delay", "run", f"flight_delay/runs/r/score-2013-04/{attempt}", "done", "ada", payload)
+
+    record(1, "try_again", error="the store does not answer")
+    assert note("flight_delay", "r") == "score 2013-04: the store does not answer"
+    record(2, "done", reasons=["28,330 rows"])
+    assert note("flight_delay", "r") == "score 2013-04: done\n- 28,330 rows"
+    assert note("flight_delay", "another") == ""
+
+
+def test_buttons_point_to_mlflow_or_to_the_evidence_of_the_dag() -> None:
+    from orrery.orchestration.links import urls
+
+    links = {"MLflow run": "http://127.0.0.1:5500/#/x", "Data Docs": "p/runs/a b/1/evidence/data_docs/index.html"}
+    assert urls(Result(links={**links, "private": "p/x"}), "p.ingest") == {
+        "link_mlflow_run": "http://127.0.0.1:5500/#/x",
+        "link_data_docs": "/orrery/evidence/p.ingest/p/runs/a%20b/1/evidence/data_docs/index.html",
+    }
+
+
+def test_buttons_survive_the_storing_of_a_dag() -> None:
+    from airflow.dag_processing.dagbag import DagBag
+    from airflow.serialization.serialized_objects import DagSerialization
+
+    root = Path(__file__).resolve().parents[2]
+    for dag, task, name in (("train", "train", "MLflow run"), ("ingest", "validate", "Data Docs")):
+        whole = DagBag(str(root / "dags")).dags[f"flight_delay.{dag}"]
+        stored = DagSerialization.from_dict(json.loads(json.dumps(DagSerialization.to_dict(whole))))
+        assert name in stored.get_task(task).extra_links
