@@ -57,7 +57,7 @@ def report(project: str, console: Console) -> bool:
             console.print(f"    [yellow]{escape(line)}[/]")
         return True
     except OrreryError as e:
-        console.print(f"[red]✗[/] {project}")
+        console.print(f"[red]✗[/] {escape(project)}")
         for line in str(e).splitlines():
             console.print(f"    {escape(line)}")
         return False

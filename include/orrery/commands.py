@@ -16,7 +16,7 @@ from rich.markup import escape
 from orrery import platform
 from orrery.contract import VERBS, Result
 from orrery.errors import RequestError, UserError, nearest
-from orrery.ledger import Ledger, moment
+from orrery.ledger import Ledger, moment, unfinished
 from orrery.plan import Plan, Planner, Request
 
 app = typer.Typer(
@@ -111,7 +111,7 @@ def show(step: str, key: str, result: Result) -> None:
         out.print(f"[green]✓[/] {step} {escape(key)}: skipped, {escape(result.skipped)}")
     else:
         spent = ", ".join(f"{k} {v:.1f} s" for k, v in result.seconds.items() if k in ("import", "work", "total"))
-        out.print(f"[green]✓[/] {step} {escape(key)}: {result.verdict or 'done'} ({spent})")
+        out.print(f"[green]✓[/] {step} {escape(key)}: {escape(result.verdict or 'done')} ({spent})")
     if result.skipped:  # else the step's own log, above, has told the reasons
         for reason in result.reasons:
             out.print(f"    {reason}", markup=False)
@@ -190,24 +190,24 @@ def ledger(
         if e.phase == "intent" and (e.kind, e.key) in done:
             continue
         p = e.payload
-        what = f"[bold]{e.kind}[/]{' (intent)' if e.phase == 'intent' else ''}"
+        what = f"{' (intent)' if e.phase == 'intent' else ''}"
         if "version" in p and e.kind != "run":
             what += f" {p.get('from') or '–'} → {p['version']}"
         else:
             what += f" {p['verb']} {p['key']}: {p.get('verdict') or p.get('status')}"
-        out.print(f"{e.at[:19].replace('T', ' ')}  {what}  by {e.actor}")
+        out.print(f"{e.at[:19].replace('T', ' ')}  [bold]{e.kind}[/]{escape(f'{what}  by {e.actor}')}")
         for line in [p.get("reason"), *p.get("reasons", ()), *(f"{n}: {m}" for n, m in p.get("evidence", {}).items())]:
             if line:
                 out.print(f"    {line}", markup=False)
     now = book.champion(project, at)
     out.print(
-        f"champion{f' at {at}' if at else ''}: "
+        f"champion{escape(f' at {at}') if at else ''}: "
         + (escape(f"version {now.version} since {now.since[:19]}, by {now.actor}") if now else "none")
     )
-    for e in entries:
-        if e.phase == "intent" and (e.kind, e.key) not in done:
-            change = f"{e.kind} to version {e.payload['version']} of {e.at[:19]}"
-            out.print(f"[yellow]unfinished:[/] {change}: clear its task, or promote again")
+    for e in unfinished(entries):
+        change = f"{e.kind} to version {e.payload['version']} of {e.at[:19]}"
+        again = "clear its task, or promote again" if e.kind == "promotion" else f"orrery rollback {project}"
+        out.print(f"[yellow]unfinished:[/] {escape(f'{change}: {again}')}")
 
 
 @app.command()
@@ -224,28 +224,30 @@ def rollback(
     versions, now = planner.ledger.versions(project), planner.champion()
     if now is None:
         raise UserError(f"{project} has no champion, so there is nothing to roll back")
-    earlier = [v for v in versions if v != now.version]
-    target = to or (_before(planner, now.version) if earlier else None)
-    if target is None:
-        raise UserError(f"version {now.version} is the only champion there ever was", hint="train a better one")
-    if target not in versions or target == now.version:
-        raise RequestError(f"cannot roll back to version {target!r}", hint=nearest(str(target), earlier))
+    target = to or _before(planner, now.version)
+    others = [v for v in versions if v != now.version]
+    if target not in others:
+        raise RequestError(f"cannot roll back to version {target!r}", hint=nearest(str(target), others))
     model = planner.store.manifest(versions[target])
     if model is None:
         raise UserError(f"the model of version {target} ({versions[target]}) is gone from {planner.store.uri}")
     keys = tuple(ref.key for ref in model.inputs["features"])
     name = f"cli--{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
-    options: dict[str, Any] = {"version": target, "model": versions[target]}
+    options: dict[str, Any] = {"version": target, "model": versions[target], "previous": now.version}
     request = Request(project, "rollback", keys, name, "rollback", actor=actor(), reason=reason, options=options)
     show("rollback", request.key, carry(planner, request, LocalProcess()))
-    out.print(f"champion of {project}: version {now.version} → {target}")
+    out.print(f"champion of {project}: version {escape(f'{now.version} → {target}')}")
 
 
-def _before(planner: Planner, version: str) -> str | None:
-    """Return the champion before the present one, by the ledger."""
-    changes = planner.ledger.find(planner.project, "promotion", "rollback", phase="done")
-    earlier = [str(e.payload["version"]) for e in changes if str(e.payload["version"]) != version]
-    return earlier[-1] if earlier else None
+def _before(planner: Planner, version: str) -> str:
+    """Return the champion below the present one. Raises `UserError` when there is none."""
+    stack = planner.ledger.champions(planner.project)
+    if len(stack) < 2:
+        raise UserError(
+            f"no version was champion before version {version}",
+            hint=f"train a better one, or name another one: orrery rollback {planner.project} --to VERSION",
+        )
+    return stack[-2]
 
 
 @app.command()

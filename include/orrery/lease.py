@@ -117,5 +117,6 @@ class Lease:
         if top > self.token:
             holder = _parsed(self._read(top))
             raise Fenced(
-                f"attempt {holder['attempt']} has taken over {self.folder}", hint="this attempt commits nothing"
+                f"attempt {holder['attempt']} has taken over {self.folder}",
+                hint="the output of that attempt counts, this one ends here",
             )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,12 +20,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import sqlalchemy as sa
-from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, InterfaceError, OperationalError, ProgrammingError
 
 from orrery.errors import RequestError, TryAgain, UserError
 
 Kind = Literal["run", "decision", "promotion", "rollback"]
 Phase = Literal["intent", "done"]
+
+# What a database says when waiting does not help.
+REFUSED = re.compile(
+    r"authentication failed|no password supplied|permission denied|does not exist|not a database|malformed"
+    r"|readonly|read-only|unable to open database file|no such",
+    flags=re.IGNORECASE,
+)
 
 metadata = sa.MetaData()
 entries = sa.Table(
@@ -67,9 +75,15 @@ class Champion:
     reason: str
 
 
+def with_driver(url: str) -> str:
+    """Return a database's URL with the PostgreSQL driver that every environment has; alone it means psycopg2."""
+    return re.sub(r"^(postgres|postgresql)://", "postgresql+psycopg://", url)
+
+
 @lru_cache(maxsize=8)
 def _engine(url: str, process: int) -> sa.Engine:
     """Return the engine of one process: a connection must not be shared with a fork."""
+    url = with_driver(url)
     try:
         if url.startswith("sqlite:///"):
             Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
@@ -94,15 +108,21 @@ def _engine(url: str, process: int) -> sa.Engine:
 
 @contextmanager
 def _reachable(url: str) -> Iterator[None]:
+    """Turn what a database says into an error with the right exit code, without its password."""
     try:
         yield
-    except OperationalError as e:
-        shown = sa.engine.make_url(url).render_as_string(hide_password=True)
-        if "unable to open database file" in str(e):
+    except DBAPIError as e:
+        parsed = sa.engine.make_url(url)
+        said = " ".join(str(e.orig).split())[:400]
+        if parsed.password:
+            said = said.replace(str(parsed.password), "***")
+        shown = parsed.render_as_string(hide_password=True)
+        if REFUSED.search(said) or not isinstance(e, OperationalError | InterfaceError):
             raise UserError(
-                f"the ledger {shown} cannot be opened", hint="check that its folder may be written"
+                f"the ledger {shown} cannot be used: {said}",
+                hint="check ORRERY_LEDGER: the database, its login and grants (a file: that its folder may be written)",
             ) from None
-        raise TryAgain(f"the ledger {shown} cannot be reached: {e.orig}") from None
+        raise TryAgain(f"the ledger {shown} cannot be reached: {said}") from None
 
 
 class Ledger:
@@ -175,10 +195,33 @@ class Ledger:
         done = self.find(project, "promotion", "rollback", phase="done")
         return {e.payload["version"]: e.payload["model"] for e in done}
 
+    def champions(self, project: str) -> list[str]:
+        """Return the versions from the first champion to the present one, as a stack.
+
+        A promotion lays a version on top, a rollback takes off what lies above its version.
+        """
+        stack: list[str] = []
+        for change in self.find(project, "promotion", "rollback", phase="done"):
+            version = str(change.payload["version"])
+            if change.kind == "rollback" and version in stack:
+                while stack[-1] != version:
+                    stack.pop()
+            else:
+                stack.append(version)
+        return stack
+
     def registered(self, project: str) -> dict[str, str]:
         """Return every registered version and the manifest of its training, oldest first."""
         runs = [e.payload for e in self.find(project, "run") if "version" in e.payload]
         return {str(p["version"]): str(p["model"]) for p in runs}
+
+
+def unfinished(entries: list[Entry]) -> list[Entry]:
+    """Return the intents that were neither done nor overtaken by a later change of the champion."""
+    changes = [e for e in entries if e.kind in ("promotion", "rollback")]
+    done = {(e.kind, e.key) for e in changes if e.phase == "done"}
+    last = max((e.id for e in changes if e.phase == "done"), default=0)
+    return [e for e in changes if e.phase == "intent" and (e.kind, e.key) not in done and e.id > last]
 
 
 def moment(text: str) -> str:

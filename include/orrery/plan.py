@@ -48,12 +48,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """A request made exact. `done` is set when there is nothing to do."""
+    """A request made exact. `done` is set when there is nothing to do; `packed` is pushed when the step is prepared."""
 
     config: StepConfig
     verb: Verb
     environment: dict[str, str]
     done: Result | None = None
+    packed: bundle.Bundle | None = None
 
 
 class Planner:
@@ -95,9 +96,11 @@ class Planner:
             partitions.parse(key, self.spec.grain)
         if verb.scope == "partition" and len(request.partitions) != 1:
             raise RequestError(f"{verb.name} works on one partition, was asked for {len(request.partitions)}")
+        if verb.effect and request.sample != 1:
+            raise RequestError(f"{verb.name} cannot be tried on a sample", hint="it acts on the registry: leave it out")
         packed = bundle.pack(self.folder)
         inputs = getattr(self, f"_inputs_{verb.name}", self._no_inputs)(request)
-        params = self._params(verb, request)
+        params = self._params(verb, request, inputs)
         values = params.model_dump(mode="json")
         print_ = {} if verb.effect else self._fingerprint(verb, request, packed, values, inputs)
         address = None if verb.effect or verb.observes else fingerprint.digest(print_)[:32]
@@ -124,9 +127,8 @@ class Planner:
             folder=f"{request.project}/runs/{run}/{safe_name(f'{request.task}-{request.key}')}/{request.attempt}",
             requested=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        bundle.push(self.store, packed)
         done = self._released(request, inputs) if verb.name in ("register", "promote") else self._done(config, verb)
-        return Plan(config, verb, self._secrets(verb), done)
+        return Plan(config, verb, self._secrets(verb), done, packed)
 
     def _released(self, request: Request, inputs: dict[str, tuple[Ref, ...]]) -> Result | None:
         """Return the end of a release with nothing (more) to do: refused, or promoted already."""
@@ -228,16 +230,18 @@ class Planner:
         return found
 
     def _inputs_train(self, request: Request) -> dict[str, tuple[Ref, ...]]:
-        return {"features": tuple(self._features_for_training(key) for key in request.partitions)}
+        return {"features": tuple(self._fresh_features(key) for key in request.partitions)}
 
-    def _features_for_training(self, key: str) -> Ref:
-        """Return a partition's features. Raises `RequestError` when they, or the history they look at, are stale."""
+    def _fresh_features(self, key: str) -> Ref:
+        """Return a partition's features. Raises `RequestError` when they, or what they were made from, are stale."""
         found = self._fresh("features", key, "materialize", "clean")
         now = self._clean_and_history(key)["history"]
         if [r.digest for r in found.inputs.get("history", ())] != [r.digest for r in now]:
             raise RequestError(
                 f"features of {key} look back at data that have landed (again) since", hint=f"run materialize for {key}"
             )
+        for earlier in now:
+            self._fresh("clean", earlier.key, "validate", "raw")
         return found.ref
 
     def _inputs_evaluate(self, request: Request) -> dict[str, tuple[Ref, ...]]:
@@ -297,17 +301,25 @@ class Planner:
             )
 
     def _inputs_rollback(self, request: Request) -> dict[str, tuple[Ref, ...]]:
+        """Return the model, and the newest features: it must be able to score what comes next, not what it knew."""
+        now, chosen = self.champion(), request.options.get("previous")
+        if now is None or now.version != chosen:
+            raise RequestError(
+                f"the champion is {f'version {now.version}' if now else 'none'} now, not version {chosen}",
+                hint=f"look again: orrery ledger {self.project}",
+            )
         model = self.store.manifest(str(request.options["model"]))
         if model is None:
             raise RequestError(f"the model of version {request.options.get('version')} is gone from the store")
-        return {"model": (model.ref,), "features": model.inputs["features"][-1:]}
+        keys = self.store.keys(self.project, "features")
+        newest = self._latest("features", keys[-1], "materialize").ref if keys else model.inputs["features"][-1]
+        return {"model": (model.ref,), "features": (newest,)}
 
     def _inputs_score(self, request: Request) -> dict[str, tuple[Ref, ...]]:
         champion = self.champion()
         if champion is None:
             raise RequestError(f"{self.project} has no champion yet", hint=f"run {self.project}.train")
-        features = self._fresh("features", request.key, "materialize", "clean")
-        return {"features": (features.ref,), "model": (self._model_of(champion).ref,)}
+        return {"features": (self._fresh_features(request.key),), "model": (self._model_of(champion).ref,)}
 
     def champion(self) -> Champion | None:
         """Return the model version in use, by the ledger."""
@@ -315,8 +327,10 @@ class Planner:
 
     # -- params, verb by verb ----------------------------------------------------------------------
 
-    def _params(self, verb: Verb, request: Request) -> Params:
+    def _params(self, verb: Verb, request: Request, inputs: dict[str, tuple[Ref, ...]]) -> Params:
         try:
+            if verb.name == "score":
+                return self._params_score(inputs["model"][0])
             params: Params = getattr(self, f"_params_{verb.name}", self._no_params)(request)
         except ValidationError as e:
             first = e.errors()[0]
@@ -364,10 +378,10 @@ class Planner:
 
     _params_rollback = _params_promote
 
-    def _params_score(self, request: Request) -> Params:
-        champion = self.champion()
+    def _params_score(self, model: Ref) -> Params:
+        """The version is that of the very model that was taken: a promotion may have come since."""
         spark = self.platform.spark
-        version = champion.version if champion else "none"
+        version = [v for v, path in self.ledger.versions(self.project).items() if path == model.path][-1]
         values = {"model_version": version, "spark_master": spark.master, "spark_conf": dict(spark.conf)}
         return VERBS["score"].params.model_validate(values)
 

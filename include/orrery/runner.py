@@ -17,18 +17,22 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
-from orrery import platform
+from orrery import bundle, platform
 from orrery.contract import Result, StepConfig
 from orrery.errors import Interrupted, OrreryError, TryAgain, UserError
 from orrery.lease import Lease
+from orrery.ledger import Entry, Kind, unfinished
 from orrery.plan import Plan, Planner, Request, safe_name
 from orrery.store import Store
 
 # What a step may not see: the orchestrator's own secrets and addresses.
 WITHHELD_PREFIXES = ("AIRFLOW_", "_AIRFLOW")
 # Of our own variables a step sees these; the others are addresses and credentials of the orchestrator.
-SHOWN = frozenset({"ORRERY_CACHE", "ORRERY_LOG", "ORRERY_TEST_MARK"})
+# ORRERY_SERVER marks what a server started, so that `orrery down` finds a step that outlived its worker.
+SHOWN = frozenset({"ORRERY_CACHE", "ORRERY_LOG", "ORRERY_SERVER", "ORRERY_TEST_MARK"})
 WITHHELD = frozenset({"PYTHONPATH", "PYTHONSTARTUP", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__"})
+# What changes the champion, and what the ledger calls it.
+CHANGES: dict[str, Kind] = {"promote": "promotion", "rollback": "rollback"}
 GRACE_S = 4.0  # below the 5 s after which Airflow's supervisor kills the worker
 LEFTOVER_S = 1.0  # what a step that has ended left running may take to end by itself
 
@@ -169,7 +173,11 @@ def _signal_session(pid: int, number: int) -> None:
 
 
 def prepare(plan: Plan, store: Store) -> None:
-    """Write the attempt's config document, whole, before anything is started."""
+    """Write the project's bundle and the attempt's config document, whole, before anything is started."""
+    if plan.packed is not None:
+        bundle.push(store, plan.packed)
+    # The same attempt may have been started before (a worker that was lost): its result is not this one's.
+    store.remove(f"{plan.config.folder}/result.json")
     store.put(f"{plan.config.folder}/config.json", plan.config.model_dump_json(indent=1).encode())
 
 
@@ -178,7 +186,7 @@ def run(planner: Planner, request: Request, launch: Launcher, started: Callable[
 
     `started` is told of the plan just before the step is launched (operator links need it then).
     """
-    if request.verb not in ("promote", "rollback"):
+    if request.verb not in CHANGES:
         return _carry(planner, request, launch, started)
     # One change of the champion at a time, whoever asks: what the plan was checked against must still hold.
     folder = f"{request.project}/champion/lease"
@@ -187,20 +195,18 @@ def run(planner: Planner, request: Request, launch: Launcher, started: Callable[
 
 
 def _carry(planner: Planner, request: Request, launch: Launcher, started: Callable[[Plan], None] | None) -> Result:
-    effect = request.verb in ("promote", "rollback")
     plan = planner.plan(request)
     if plan.done is not None:
         _record(planner, request, plan, plan.done)
         return plan.done
-    if effect:
-        _intend(planner, request, plan)
+    intent = _intend(planner, request, plan) if request.verb in CHANGES else None
     prepare(plan, planner.store)
     if started:
         started(plan)
     code = launch(plan)
     result = read_result(planner.store, plan.config, code)
-    if effect and result.status == "done":
-        _complete(planner, request, plan)
+    if intent is not None and result.status == "done":
+        _complete(planner, intent)
     _record(planner, request, plan, result)
     raise_for(plan, result)
     return result
@@ -261,21 +267,30 @@ def _promotion(planner: Planner, request: Request, plan: Plan) -> dict[str, Any]
     }
 
 
-def _intend(planner: Planner, request: Request, plan: Plan) -> None:
-    payload = _promotion(planner, request, plan)
-    planner.ledger.record(request.project, _kind(request), plan.config.run, "intent", request.actor, payload)
+def _intend(planner: Planner, request: Request, plan: Plan) -> Entry:
+    """Record what is about to be done; return the entry to complete.
+
+    The same change intended by a run that did not finish it is taken over: a cleared run and a repeat at the
+    command line have names of their own, and an intent that nobody can complete would stay open for ever.
+    """
+    payload, kind = _promotion(planner, request, plan), _kind(request)
+    for entry in reversed(unfinished(planner.ledger.find(request.project, "promotion", "rollback"))):
+        same = all(entry.payload[field] == payload[field] for field in ("version", "model"))
+        if entry.kind == kind and same:
+            return entry
+    planner.ledger.record(request.project, kind, plan.config.run, "intent", request.actor, payload)
+    found = planner.ledger.get(request.project, kind, plan.config.run, "intent")
+    assert found is not None
+    return found
 
 
-def _complete(planner: Planner, request: Request, plan: Plan) -> None:
+def _complete(planner: Planner, intent: Entry) -> None:
     """Record that the effect is done, with what was intended: after a crash `previous` reads as the new version."""
-    kind = _kind(request)
-    intent = planner.ledger.get(request.project, kind, plan.config.run, "intent")
-    assert intent is not None
-    planner.ledger.record(request.project, kind, plan.config.run, "done", intent.actor, intent.payload)
+    planner.ledger.record(intent.project, intent.kind, intent.key, "done", intent.actor, intent.payload)
 
 
-def _kind(request: Request) -> Any:
-    return {"promote": "promotion", "rollback": "rollback"}[request.verb]
+def _kind(request: Request) -> Kind:
+    return CHANGES[request.verb]
 
 
 def _record(planner: Planner, request: Request, plan: Plan, result: Result) -> None:

@@ -46,6 +46,7 @@ class Work:
         self._paths: dict[str, Path] = {}
         self._adopted: dict[str, File] = {}
         self._lease: Lease | None = None
+        self._committing = False
         self._evidence: dict[str, str] = {}
 
     # -- what is given ---------------------------------------------------------------------------
@@ -158,9 +159,18 @@ class Work:
         return f"{self.config.folder}/evidence/{name}"
 
     def discard(self) -> None:
-        """Remove what was written before the work failed: retries on a full disk must not make it fuller."""
-        if self.store.is_local and self._paths and self.address:
-            shutil.rmtree(self.store.full(self.attempt_folder), ignore_errors=True)
+        """Remove what this attempt wrote for nothing: retries on a full disk must not make it fuller.
+
+        Once the manifest is on its way, whatever came back, it may stand and name these files: then they stay.
+        """
+        if not self.address:
+            return
+        with contextlib.suppress(OrreryError, OSError):  # the error that led here is the one to tell
+            manifest = f"{self.config.project}/{self.config.verb}/{self.address}/manifest.json"
+            # A bucket may still take what it did not answer to; what a folder has not got will not come.
+            if self._committing and (not self.store.is_local or self.store.exists(manifest)):
+                return
+            self.store.remove(self.attempt_folder)
 
     def commit(self, result: Result) -> Manifest:
         """Put the manifest. The first commit at an address wins; a later one is given the first's."""
@@ -190,7 +200,9 @@ class Work:
             self.store.put_if_absent(f"{config.project}/dependents/{address}/{config.verb}.{self.address}", b"")
         if self._lease:
             self._lease.check()
+        self._committing = True
         if not self.store.put_if_absent(manifest.path, manifest.model_dump_json(indent=1).encode()):
+            self._committing = False
             winner = self.store.manifest(manifest.path)
             if winner is None:
                 raise TryAgain(f"{self.store.uri}/{manifest.path}: somebody's commit came first and is gone again")
@@ -203,7 +215,8 @@ class Work:
         config, dataset = self.config, self.verb.dataset
         if dataset is None or not config.publish:
             return
-        before = self.store.publish(config.project, dataset, config.key, manifest, _now())
+        fence = self._lease.check if self._lease else lambda: None
+        before = self.store.publish(config.project, dataset, config.key, manifest, _now(), fence)
         old = self.store.manifest(before.manifest) if before else None
         if old is not None and old.digest != manifest.digest:
             stale = self.store.dependents(old)
@@ -250,23 +263,26 @@ def execute(config: StepConfig, store: Store, scratch: Path, seconds: dict[str, 
         began = time.monotonic()
         try:
             result = run(work, params)
+            result.drop_not_finite()
+            seconds["work"] = time.monotonic() - began
+            began = time.monotonic()
+            manifest = work.committed() or work.commit(result)
         except BaseException:
             work.discard()
             raise
-        result.drop_not_finite()
-        seconds["work"] = time.monotonic() - began
-        began = time.monotonic()
-        found = work.committed()
-        if found is None:
-            manifest = work.commit(result)
-        else:
-            manifest, result.skipped = (
-                found,
-                result.skipped or f"the same output is committed already ({found.created})",
-            )
+        if manifest.attempt != config.folder:
+            result = _other(work, manifest, result)
         work.publish(manifest, result)
         seconds["commit"] = time.monotonic() - began
     result.output, result.digest = manifest.path, manifest.digest
+    return result
+
+
+def _other(work: Work, manifest: Manifest, ours: Result) -> Result:
+    """Return the result of the attempt whose commit stands: figures and links must be those of the output."""
+    work.discard()
+    result = Result.model_validate(manifest.result)
+    result.skipped = ours.skipped or f"the same output is committed already ({manifest.created})"
     return result
 
 
@@ -296,7 +312,7 @@ def main(argv: list[str], started: float) -> int:
 class _Stopped(BaseException):
     """SIGTERM has come. No `Exception`, so that a library's or a model's broad `except` cannot swallow it."""
 
-    told = Interrupted("SIGTERM: told to stop", hint="nothing was committed; the next attempt does the work again")
+    told = Interrupted("SIGTERM: told to stop", hint="the next attempt does the work again, or finds it committed")
 
 
 def _on_sigterm(signum: int, frame: object) -> None:
@@ -350,7 +366,7 @@ def _guarded(config_uri: str, seconds: dict[str, float]) -> tuple[int, Result]:
         return INTERRUPTED, failed(Interrupted("interrupted from the keyboard"))
     except (Exception, SystemExit) as e:
         if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
-            full = TryAgain(f"no space left: {e}", hint="free some space; nothing was committed")
+            full = TryAgain(f"no space left: {e}", hint="free some space, and it can run again")
             logger.error(str(full))
             return full.exit_code, failed(full)
         logger.error(f"{type(e).__name__}: {e}", exc_info=True)

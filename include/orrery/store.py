@@ -21,7 +21,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -250,6 +250,18 @@ class Store:
                 self.fs.put_file(str(source), full)
         return File(path=path, size=source.stat().st_size, sha256=h.hexdigest())
 
+    def remove(self, path: str) -> None:
+        """Remove a file, or a folder with all that is in it; none is fine. Never for what others may read."""
+        full = self.full(path)
+        with self._trouble(path), contextlib.suppress(FileNotFoundError):
+            if self.is_local and not Path(full).is_dir():
+                os.unlink(full)
+            elif self.is_local:
+                shutil.rmtree(full)
+            else:
+                self.fs.invalidate_cache()
+                self.fs.rm(full, recursive=True)
+
     def _write_beside(self, full: str, data: bytes) -> str:
         os.makedirs(os.path.dirname(full), exist_ok=True)
         temporary = f"{os.path.dirname(full)}/.{os.path.basename(full)[:150]}.{secrets.token_hex(6)}"
@@ -346,10 +358,23 @@ class Store:
         """Return the partitions of a dataset, sorted."""
         return self.names(f"{project}/datasets/{dataset}")
 
-    def publish(self, project: str, dataset: str, key: str, manifest: Manifest, created: str) -> Pointer | None:
-        """Make `manifest` the partition `key`; return what it superseded. Twice is the same as once."""
+    def publish(
+        self,
+        project: str,
+        dataset: str,
+        key: str,
+        manifest: Manifest,
+        created: str,
+        fence: Callable[[], None] = lambda: None,
+    ) -> Pointer | None:
+        """Make `manifest` the partition `key`; return what it superseded. Twice is the same as once.
+
+        `fence` raises when the caller has been replaced. It is asked after the look at what is there: whoever
+        publishes in between takes the next number, and the caller is asked again.
+        """
         while True:
             now = self.latest(project, dataset, key)
+            fence()
             if now is not None and now.manifest == manifest.path:
                 before = now.supersedes
                 return next((p for p in self.pointers(project, dataset, key) if p.manifest == before), None)
@@ -396,7 +421,7 @@ def trouble(where: str) -> Iterator[None]:
         if e.errno == errno.EROFS:
             raise UserError(f"{where}: the file system is read-only") from None
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise TryAgain(f"{where}: no space left", hint="free some space; nothing was committed") from None
+            raise TryAgain(f"{where}: no space left", hint="free some space, and it can run again") from None
         raise TryAgain(f"{where}: {e.strerror or e}") from None
     except Exception as e:  # botocore and aiohttp raise trees of their own, which must not be imported here
         module = type(e).__module__.split(".")[0]

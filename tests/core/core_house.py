@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orrery.bundle import push
 from orrery.contract import Result, StepConfig
 from orrery.ledger import Ledger
 from orrery.log import configure as log_setup
@@ -80,6 +81,8 @@ class House:
         """Return the planned config of a `probe` with these params; marks go to this house."""
         options.setdefault("marks", str(self.marks))
         plan = self.planner().plan(self.request(run=run, attempt=attempt, options=options))
+        if plan.packed:
+            push(self.store, plan.packed)
         return plan.config.model_copy(update={"publish": publish})
 
     def put(self, config: StepConfig) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ def register() -> None:
     VERBS["probe"] = Verb(
         "probe", __name__, "airflow", ProbeParams, "partition", "probed", hints=frozenset({"mode", "marks"})
     )
+    VERBS["look"] = dataclasses.replace(VERBS["probe"], name="look", observes=True, dataset="looked")
     for name in ("promote", "rollback"):
         VERBS[name] = dataclasses.replace(VERBS[name], module=__name__, environment="airflow")
 
@@ -50,6 +52,18 @@ def effect(work: Work) -> Result:
     if work.store.exists("crash-after-effect"):
         os._exit(1)
     return Result(facts={"version": version})
+
+
+def mode_observe(work: Work, params: ProbeParams) -> Result:
+    """Like `ingest`: the address follows from what is seen; says so, and waits to be let on."""
+    seen = f"{params.value:.0f}" * 32
+    with work.at(seen[:32]) as fresh:
+        if fresh:
+            work.write_json("out.json", {"value": params.value})
+    if params.marks:
+        mark(params, "started")
+        wait_for(Path(params.marks) / "go")
+    return Result(metrics={"value": params.value})
 
 
 def _write(work: Work, params: ProbeParams) -> Result:
@@ -107,6 +121,14 @@ def mode_stubborn(work: Work, params: ProbeParams) -> Result:
             time.sleep(0.1)
         except Exception:
             continue
+    return _write(work, params)
+
+
+def mode_deaf(work: Work, params: ProbeParams) -> Result:
+    """Like native code that never comes back to Python: no handler runs."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    mark(params, "started")
+    wait_for(Path(params.marks) / "go")
     return _write(work, params)
 
 

@@ -120,6 +120,13 @@ def test_help(orrery, name: str) -> None:  # type: ignore[no-untyped-def]
         (["reproduce", "delays", "3"], 64, "has no version '3'"),
         (["reproduce", "delays", "delays/runs/none/probe/1"], 64, "there is no such attempt"),
         (["reproduce", "delays", "../../etc/passwd"], 64, "is not a path of the store"),
+        (["check", "[/x]"], 64, "✗ [/x]"),
+        (["ledger", "[/x]"], 64, "there is no project '[/x]'"),
+        (
+            ["run", "delays", "promote", "--partition", "2013-01", "--version", "1", "--sample", "1%"],
+            64,
+            "tried on a sample",
+        ),
         (["new", "Delays"], 64, "'Delays' is not a project name"),
         (["new", "../evil"], 64, "is not a project name"),
         (["new", "other", "--kind", "modell"], 64, "did you mean 'model'"),
@@ -169,15 +176,15 @@ def test_run_says_how_it_ended_and_then_skips(orrery, house: House) -> None:  # 
 def test_the_ledger_shows_what_people_wrote_as_they_wrote_it(orrery, house: House) -> None:  # type: ignore[no-untyped-def]
     book = Ledger(os.environ["ORRERY_LEDGER"])
     payload = {"version": "7", "model": "m", "from": "6", "reason": "[/oops] because [bold]", "evidence": {"v": "a/b"}}
-    book.record("delays", "promotion", "run-1", "intent", "eve [red]", payload)
+    book.record("delays", "promotion", "run-1", "intent", "eve [/red]", payload)
     code, text = orrery("ledger", "delays")
     assert code == 0
     assert "unfinished: promotion to version 7" in text
     assert "champion: none" in text
-    book.record("delays", "promotion", "run-1", "done", "eve [red]", payload)
+    book.record("delays", "promotion", "run-1", "done", "eve [/red]", payload)
     code, text = orrery("ledger", "delays")
     assert code == 0
-    for part in ("[/oops] because [bold]", "eve [red]", "6 → 7", "a/b", "champion: version 7"):
+    for part in ("[/oops] because [bold]", "eve [/red]", "6 → 7", "a/b", "champion: version 7"):
         assert part in text
     assert "unfinished" not in text
     code, text = orrery("ledger", "delays", "--at", "2000-01-01")
@@ -186,19 +193,47 @@ def test_the_ledger_shows_what_people_wrote_as_they_wrote_it(orrery, house: Hous
     assert [json.loads(line)["phase"] for line in text.splitlines()] == ["intent", "done"]
 
 
-def test_rollback_goes_to_the_one_before(orrery, house: House) -> None:  # type: ignore[no-untyped-def]
-    models = {v: house.verdict(f"2013-0{v}..2013-0{v}") for v in ("1", "2")}
+def test_rollback_goes_to_the_one_before_and_then_on_to_the_one_before_that(orrery, house: House) -> None:  # type: ignore[no-untyped-def]
+    models = {v: house.verdict(f"2013-0{v}..2013-0{v}") for v in ("1", "2", "3", "4")}
     book = Ledger(os.environ["ORRERY_LEDGER"])
-    for version, made in models.items():
-        book.record("delays", "promotion", f"run-{version}", "done", "me", {"version": version, "model": made.path})
+
+    def crowned(version: str) -> None:
+        payload = {"version": version, "model": models[version].path}
+        book.record("delays", "promotion", f"run-{version}", "done", "me", payload)
+
+    for version in ("1", "2", "3"):
+        crowned(version)
     code, text = orrery("rollback", "delays", "--to", "9")
     assert (code, "cannot roll back to version '9'" in text) == (64, True)
     code, text = orrery("rollback", "delays", "--reason", "it drifts")
-    assert (code, "version 2 → 1" in text) == (0, True), text
+    assert (code, "version 3 → 2" in text) == (0, True), text
     champion = book.champion("delays")
     assert champion is not None
-    assert (champion.version, champion.model, champion.reason) == ("1", models["1"].path, "it drifts")
-    assert house.store.read("alias") == b"1"
+    assert (champion.version, champion.model, champion.reason) == ("2", models["2"].path, "it drifts")
+    assert house.store.read("alias") == b"2"
+    # The version that was left must not come back by itself.
+    code, text = orrery("rollback", "delays")
+    assert (code, "version 2 → 1" in text) == (0, True), text
+    code, text = orrery("rollback", "delays")
+    assert (code, "no version was champion before version 1" in text) == (64, True), text
+    crowned("4")
+    assert book.champions("delays") == ["1", "4"]
+    code, text = orrery("rollback", "delays", "--to", "2")
+    assert (code, book.champions("delays")) == (0, ["1", "4", "2"])
+
+
+def test_a_promotion_that_crashed_is_finished_by_the_next_one(orrery, house: House) -> None:  # type: ignore[no-untyped-def]
+    house.verdict("2013-01..2013-01")
+    house.store.put("crash-after-effect", b"")
+    promote = ("run", "delays", "promote", "--partition", "2013-01", "--version", "1")
+    assert orrery(*promote)[0] == 1
+    assert "unfinished: promotion to version 1" in orrery("ledger", "delays")[1]
+    house.store.remove("crash-after-effect")
+    assert orrery(*promote)[0] == 0
+    _, text = orrery("ledger", "delays")
+    assert ("unfinished" in text, "champion: version 1" in text) == (False, True), text
+    entries = Ledger(os.environ["ORRERY_LEDGER"]).find("delays", "promotion")
+    assert [e.phase for e in entries] == ["intent", "done"]
 
 
 def test_reproduce_repeats_an_attempt_and_leaves_what_counts_alone(orrery, house: House) -> None:  # type: ignore[no-untyped-def]

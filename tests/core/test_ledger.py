@@ -10,9 +10,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from sqlalchemy import exc
 
 from orrery.errors import OrreryError, RequestError, TryAgain, UserError
-from orrery.ledger import Ledger, moment
+from orrery.ledger import Ledger, _reachable, moment, with_driver
 
 WRITER = """
 import sys
@@ -199,3 +200,54 @@ def test_ledgers_that_cannot_be_opened(bad: str, kind: type[OrreryError]) -> Non
     with pytest.raises(kind) as e:
         Ledger(bad)
     assert "hunter2" not in str(e.value)
+
+
+def test_a_file_that_is_no_database(tmp_path: Path) -> None:
+    (tmp_path / "ledger.db").write_bytes(b"hello, I am a letter" * 100)
+    with pytest.raises(UserError, match="ledger.db cannot be used: file is not a database"):
+        Ledger(f"sqlite:///{tmp_path}/ledger.db")
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "wanted"),
+    [
+        (exc.OperationalError, 'FATAL: password authentication failed for user "me"', UserError),
+        (exc.OperationalError, 'FATAL: database "orrery" does not exist', UserError),
+        (exc.OperationalError, "attempt to write a readonly database", UserError),
+        (exc.ProgrammingError, "permission denied for table orrery_ledger", UserError),
+        (exc.OperationalError, "connection refused: hunter2", TryAgain),
+        (exc.OperationalError, "database is locked", TryAgain),
+        (exc.InterfaceError, "connection already closed", TryAgain),
+        (exc.OperationalError, "database or disk is full", TryAgain),
+    ],
+)
+def test_what_a_database_says_has_the_right_code(
+    kind: type[exc.DBAPIError], said: str, wanted: type[OrreryError]
+) -> None:
+    with pytest.raises(wanted) as e, _reachable("postgresql+psycopg://me:hunter2@db/orrery"):
+        raise kind("SELECT 1", {}, Exception(said))
+    assert type(e.value) is wanted
+    assert "hunter2" not in str(e.value)
+
+
+def test_a_plain_postgresql_url_takes_the_driver_that_is_there() -> None:
+    assert with_driver("postgresql://me@db/x") == "postgresql+psycopg://me@db/x"
+    assert with_driver("postgres://me@db/x") == "postgresql+psycopg://me@db/x"
+    for url in ("postgresql+psycopg2://me@db/x", "sqlite:////srv/x.db"):
+        assert with_driver(url) == url
+    with pytest.raises(TryAgain, match="cannot be reached"):
+        Ledger("postgresql://me:hunter2@127.0.0.1:9/x?connect_timeout=1")
+
+
+def test_a_rollback_takes_off_what_lies_above(url: str) -> None:
+    book = Ledger(url)
+    assert book.champions("p") == []
+    for n, (kind, version) in enumerate(
+        (("promotion", "1"), ("promotion", "2"), ("promotion", "3"), ("rollback", "2"), ("promotion", "4"))
+    ):
+        promote(book, version, f"run-{n}", kind)
+    assert book.champions("p") == ["1", "2", "4"]
+    promote(book, "1", "run-9", "rollback", "intent")
+    assert book.champions("p") == ["1", "2", "4"]
+    promote(book, "1", "run-9", "rollback")
+    assert book.champions("p") == ["1"]

@@ -21,11 +21,16 @@ def prints(house: House, **kwargs: Any) -> dict[str, str]:
     return house.planner().plan(house.request(**kwargs)).config.fingerprint
 
 
-def landed(house: House, key: str, text: str = "") -> None:
-    """Land a partition and carry it to features."""
+def landed(house: House, key: str, text: str = "", history: str = "") -> None:
+    """Land a partition and carry it to features, which look back at `history`."""
     raw = house.commit("ingest", "raw", key, text=text)
     clean = house.commit("validate", "clean", key, inputs={"raw": (raw.ref,)}, text=text)
-    house.commit("materialize", "features", key, inputs={"clean": (clean.ref,)}, text=text)
+    inputs = {"clean": (clean.ref,)}
+    if history:
+        before = house.store.latest_manifest("delays", "clean", history)
+        assert before is not None
+        inputs["history"] = (before.ref,)
+    house.commit("materialize", "features", key, inputs=inputs, text=text)
 
 
 # -- skipping ----------------------------------------------------------------------------------------
@@ -186,14 +191,81 @@ def test_history_is_taken_as_far_as_it_is_there(house: House) -> None:
     assert [r.key for r in plan.config.inputs["history"]] == ["2012-12", "2013-01"]
 
 
+def crowned(version: str, model: str) -> None:
+    payload = {"version": version, "model": model}
+    Ledger(os.environ["ORRERY_LEDGER"]).record("delays", "promotion", f"run-{version}", "done", "me", payload)
+
+
 def test_the_champion_is_evaluated_beside_the_candidate(house: House) -> None:
-    candidate = house.verdict("2013-01..2013-03")
+    champion, candidate = house.verdict("2012-10..2012-12"), house.verdict("2013-01..2013-03", version="2")
     request = house.request("evaluate", "2013-01", "2013-02", "2013-03")
     assert "champion" not in house.planner().plan(request).config.inputs
-    payload = {"version": "1", "model": candidate.path}
-    Ledger(os.environ["ORRERY_LEDGER"]).record("delays", "promotion", "run-0", "done", "me", payload)
+    crowned("1", champion.path)
     inputs = house.planner().plan(request).config.inputs
-    assert inputs["champion"] == inputs["candidate"] == (candidate.ref,)
+    assert (inputs["champion"], inputs["candidate"]) == ((champion.ref,), (candidate.ref,))
+    assert inputs["features"] == candidate.inputs["features"]
+
+
+def test_a_promotion_in_between_labels_no_score_of_another_model(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    landed(house, "2013-01")
+    old, new = house.verdict("2012-10..2012-12"), house.verdict("2012-11..2013-01", version="2")
+    crowned("1", old.path)
+    planner = house.planner()
+    look = planner._model_of
+    monkeypatch.setattr(planner, "_model_of", lambda champion: [look(champion), crowned("2", new.path)][0])
+    config = planner.plan(house.request("score")).config
+    assert (config.inputs["model"], config.params["model_version"]) == ((old.ref,), "1")
+    config = house.planner().plan(house.request("score")).config
+    assert (config.inputs["model"], config.params["model_version"]) == ((new.ref,), "2")
+
+
+@pytest.mark.parametrize("verb", ["train", "score"])
+@pytest.mark.parametrize(
+    ("again", "message"),
+    [
+        (("raw", "2013-02"), "clean of 2013-02 was made from raw data that landed again"),
+        (("clean", "2013-02"), "features of 2013-02 was made from clean data"),
+        (("raw", "2013-01"), "clean of 2013-01 was made from raw data that landed again"),
+        (("clean", "2013-01"), "features of 2013-02 look back at data that have landed"),
+    ],
+)
+def test_nothing_is_made_from_stale_features(house: House, verb: str, again: tuple[str, str], message: str) -> None:
+    crowned("1", house.verdict("2012-10..2012-12").path)
+    landed(house, "2013-01")
+    landed(house, "2013-02", history="2013-01")
+    house.planner().plan(house.request(verb, "2013-02"))
+    dataset, key = again
+    maker = {"raw": "ingest", "clean": "validate"}[dataset]
+    raw = house.store.latest_manifest("delays", "raw", key)
+    assert raw is not None
+    house.commit(maker, dataset, key, inputs={"raw": (raw.ref,)} if dataset == "clean" else {}, text="again")
+    with pytest.raises(RequestError, match=message):
+        house.planner().plan(house.request(verb, "2013-02"))
+
+
+def test_an_older_model_is_tried_on_the_newest_features(house: House) -> None:
+    """Its own training's would always do; what it must score is what comes next."""
+    old, new = house.verdict("2013-01..2013-01"), house.verdict("2013-02..2013-02", version="2")
+    crowned("1", old.path)
+    crowned("2", new.path)
+    landed(house, "2013-04")
+    options = {"version": "1", "model": old.path, "previous": "2"}
+    inputs = house.planner().plan(house.request("rollback", "2013-01", options=options)).config.inputs
+    assert inputs["model"] == (old.ref,)
+    assert [ref.key for ref in inputs["features"]] == ["2013-04"]
+
+
+@pytest.mark.parametrize("verb", ["register", "promote", "rollback"])
+def test_an_effect_is_not_tried_on_a_sample(house: House, verb: str) -> None:
+    house.verdict("2013-01..2013-01")
+    with pytest.raises(RequestError, match=f"{verb} cannot be tried on a sample"):
+        house.planner().plan(house.request(verb, sample=0.01, options={"version": "1"}))
+
+
+def test_a_plan_writes_nothing(house: House) -> None:
+    """A dry run is a plan."""
+    house.planner().plan(house.request())
+    assert not (house.home / "store").exists()
 
 
 def test_a_refused_candidate_ends_green_before_anything_is_started(house: House) -> None:

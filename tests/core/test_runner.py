@@ -19,9 +19,10 @@ from core_verbs import wait_for
 from orrery import runner
 from orrery.contract import Result, StepError
 from orrery.errors import Interrupted, RequestError, TryAgain, UserError
-from orrery.ledger import Ledger
+from orrery.ledger import Ledger, unfinished
 from orrery.plan import Plan, Request
 from orrery.runner import LocalProcess, StepFailed, StepVanished
+from orrery.servers import processes
 
 
 def book() -> Ledger:
@@ -66,6 +67,7 @@ def test_the_log_comes_line_by_line_and_the_orchestrators_secrets_stay_behind(
     for name in withheld:
         monkeypatch.setenv(name, os.environ.get(name, "hunter2"))
     monkeypatch.setenv("AWS_REGION", "here")
+    monkeypatch.setenv("ORRERY_SERVER", "home:airflow")
     lines: list[str] = []
     result = go(house, LocalProcess(on_line=lines.append), mode="environment")
     assert result.output is not None
@@ -76,6 +78,7 @@ def test_the_log_comes_line_by_line_and_the_orchestrators_secrets_stay_behind(
     assert "hunter2" not in seen.values()
     assert "ORRERY_PARENT" not in seen  # read once; what a step starts has another parent
     assert seen["AWS_REGION"] == "here"
+    assert seen["ORRERY_SERVER"] == "home:airflow"
     assert seen["ORRERY_LOG"] == "json"
     assert [json.loads(line)["event"] for line in lines] == ["probe 2013-01: done"]
 
@@ -120,24 +123,45 @@ def test_nothing_that_a_step_started_outlives_it(house: House, how: str) -> None
     launch.stop()
 
 
-def test_the_step_follows_its_parent(house: House) -> None:
-    """SIGKILL of the worker ends the step, which leaves a result and no output."""
+def worker_and_step(house: House, mode: str) -> tuple[subprocess.Popen[bytes], int]:
+    """Start a worker that carries one `probe`; return it and the step's process number once the verb has begun."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import core_verbs; core_verbs.register()\n"
         "from orrery.plan import Planner, Request; from orrery import runner\n"
-        "options = {'mode': 'wait', 'marks': sys.argv[2]}\n"
+        "options = {'mode': sys.argv[3], 'marks': sys.argv[2]}\n"
         "request = Request('delays', 'probe', ('2013-01',), 'run-1', 'probe', options=options)\n"
         "runner.run(Planner('delays'), request, runner.LocalProcess(on_line=lambda line: None))\n"
     )
     here = str(Path(__file__).resolve().parent)
-    worker = subprocess.Popen([sys.executable, "-c", code, here, str(house.marks)], stderr=subprocess.DEVNULL)
+    argv = [sys.executable, "-c", code, here, str(house.marks), mode]
+    worker = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
     wait_for(house.marks / "started")
     (step,) = [int(p) for p in Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()]
+    return worker, step
+
+
+def test_the_step_follows_its_parent(house: House) -> None:
+    """SIGKILL of the worker ends the step, which leaves a result and no output."""
+    worker, step = worker_and_step(house, "wait")
     worker.kill()
     worker.wait()
     gone(step)
     assert house.result(house.config()).status == "interrupted"
     assert house.manifests() == []
+
+
+def test_down_finds_a_step_that_outlived_its_worker_and_heeds_no_sigterm(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker = f"{house.home}:airflow"
+    monkeypatch.setenv("ORRERY_SERVER", marker)
+    worker, step = worker_and_step(house, "deaf")
+    worker.kill()
+    worker.wait()
+    time.sleep(0.2)
+    assert Path(f"/proc/{step}").exists()  # native code and the like: told to stop, it goes on
+    assert processes.end(lambda: processes.family(marker), grace=0.2) >= 1
+    gone(step)
 
 
 def test_an_environment_that_is_not_there(house: House) -> None:
@@ -291,6 +315,53 @@ def test_a_crash_in_a_promotion_is_repaired_by_the_next_attempt(
     intent, done = book().find("delays", "promotion")
     assert (done.actor, done.payload) == ("eve", intent.payload)
     assert house.store.read("alias") == b"1"
+
+
+@pytest.mark.parametrize("effect", ["before the effect", "after the effect"])
+def test_a_run_of_another_name_finishes_what_was_intended(house: House, effect: str) -> None:
+    """A cleared run and a repeat at the command line have a name of their own: the intent must not stay open."""
+    house.verdict("2013-01..2013-01")
+    if effect == "after the effect":
+        house.store.put("crash-after-effect", b"")
+    with pytest.raises(StepVanished):
+        runner.run(house.planner(), promotion(house), forked(house) if "after" in effect else lambda plan: -9)
+    house.store.remove("crash-after-effect")
+    assert len(unfinished(book().find("delays"))) == 1
+    runner.run(house.planner(), promotion(house, run="run-1--cleared-1"), forked(house))
+    intent, done = book().find("delays", "promotion")
+    assert (intent.phase, done.phase, done.key) == ("intent", "done", intent.key)
+    assert unfinished(book().find("delays")) == []
+
+
+def test_only_the_same_change_is_taken_over(house: House) -> None:
+    house.verdict("2013-01..2013-01")
+    with pytest.raises(StepVanished):
+        runner.run(house.planner(), promotion(house), lambda plan: -9)
+    house.verdict("2013-02..2013-02", version="2")
+    runner.run(house.planner(), promotion(house, "2", "run-2", key="2013-02"), forked(house))
+    assert phases() == [("intent", "1"), ("intent", "2"), ("done", "2")]
+    assert unfinished(book().find("delays")) == []  # overtaken: nobody will finish it, and nobody should
+
+
+def test_a_rollback_holds_for_the_champion_it_was_chosen_from(house: House) -> None:
+    models = {v: house.verdict(f"2013-0{v}..2013-0{v}") for v in ("1", "2", "3")}
+    for version in ("1", "2"):
+        payload = {"version": version, "model": models[version].path}
+        book().record("delays", "promotion", f"run-{version}", "done", "me", payload)
+    options = {"version": "1", "model": models["1"].path, "previous": "2"}
+    request = house.request("rollback", "2013-01", options=options)
+    book().record("delays", "promotion", "run-3", "done", "me", {"version": "3", "model": models["3"].path})
+    with pytest.raises(RequestError, match="the champion is version 3 now, not version 2"):
+        runner.run(house.planner(), request, forked(house))
+    assert book().find("delays", "rollback") == []
+
+
+def test_a_result_from_before_is_not_believed(house: House) -> None:
+    """The same attempt is started again after its worker was lost, and vanishes."""
+    plan = house.planner().plan(house.request())
+    house.store.put(f"{plan.config.folder}/result.json", Result().model_dump_json().encode())
+    with pytest.raises(StepVanished):
+        go(house, vanishing(house))
 
 
 def test_a_crash_after_done_keeps_what_was_recorded(house: House) -> None:

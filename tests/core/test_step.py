@@ -9,15 +9,17 @@ import signal
 import time
 from pathlib import Path
 
+import core_verbs
 import pytest
 from core_house import House, ended
 from core_verbs import wait_for
 
 from orrery import lease, step
 from orrery.contract import Result, StepConfig
-from orrery.errors import Fenced, RequestError, UserError
+from orrery.errors import Fenced, RequestError, TryAgain, UserError
 from orrery.lease import Lease
 from orrery.step import Work
+from orrery.store import Store
 
 OUT = b'{"value":1.0}\n'
 
@@ -248,6 +250,102 @@ def test_the_orphan_is_fenced_and_its_late_commit_refused(house: House, tmp_path
         work._lease = None  # an orphan that looked just before: the manifest is there, and stays
         assert work.commit(Result()) == before
     assert only(house) == OUT
+
+
+def look(house: House, attempt: int, value: float, marks: Path | None = None) -> StepConfig:
+    """Return the config of a verb that observes, as `ingest` does."""
+    options = {"mode": "observe", "value": value, "marks": str(marks or "")}
+    return house.planner().plan(house.request("look", attempt=attempt, options=options)).config
+
+
+def test_an_orphan_does_not_publish_what_was_there_before_over_its_retry(house: House) -> None:
+    """It commits nothing, since its content is committed already; so it must be fenced where it publishes."""
+    assert house.tell(look(house, 1, 1))[0] == 0
+    assert house.tell(look(house, 2, 2))[0] == 0
+    assert house.tell(look(house, 3, 1))[0] == 0
+    orphan = house.fork(look(house, 4, 1, house.marks))
+    wait_for(house.marks / "started")
+    assert house.tell(look(house, 5, 2))[0] == 0
+    (house.marks / "go").touch()
+    assert ended(orphan) == 143
+    result = house.result(look(house, 4, 1, house.marks))
+    assert result.error is not None and result.error.kind == "Fenced"
+    now = house.store.latest_manifest("delays", "looked", "2013-01")
+    assert now is not None and now.result["metrics"] == {"value": 2.0}
+    assert len(house.store.pointers("delays", "looked", "2013-01")) == 4
+
+
+def test_the_fence_is_asked_again_when_another_has_published_meanwhile(house: House) -> None:
+    """Between the look at the lease and the pointer, a retry may do both."""
+    old, new = house.commit("look", "other", "1"), house.commit("look", "other", "2")
+    asked = []
+
+    def fence() -> None:
+        asked.append(1)
+        if len(asked) == 1:
+            house.store.publish("delays", "looked", "2013-01", new, "now")
+            return
+        raise Fenced("replaced")
+
+    with pytest.raises(Fenced):
+        house.store.publish("delays", "looked", "2013-01", old, "now", fence)
+    assert house.store.latest_manifest("delays", "looked", "2013-01") == new
+
+
+def test_the_result_is_that_of_the_commit_that_stands(house: House, tmp_path: Path) -> None:
+    """What was measured beside the content differs between two attempts; it must fit the evidence that is kept."""
+    house.tell(look(house, 1, 1))
+    (first,) = house.manifests("look")
+    changed = json.loads(house.store.read(first.path))
+    changed["result"]["metrics"] = {"value": 7.0}
+    house.store.put(first.path, json.dumps(changed).encode())
+    _, again = house.tell(look(house, 2, 1))
+    assert again is not None
+    assert again.metrics == {"value": 7.0}
+    assert again.skipped is not None and "is committed already" in again.skipped
+
+
+def files(store: Store, folder: str) -> list[str]:
+    found = store.fs.find(store.full(folder))
+    return sorted(p.split(f"{folder}/")[1] for p in found if "/lease/" not in p)
+
+
+@pytest.mark.parametrize("kind", ["folder", "bucket"])
+@pytest.mark.parametrize("where", ["work", "dependents", "manifest", "answer"])
+def test_what_failed_leaves_no_files(
+    house: House, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, kind: str, where: str
+) -> None:
+    """Also what others wrote for the attempt (Spark's workers), and when it fails in the commit."""
+    config = house.config()
+    config = config.model_copy(update={"inputs": {"raw": (house.commit("ingest", "raw", "2013-01").ref,)}})
+    store = house.store if kind == "folder" else Store(request.getfixturevalue("s3_bucket"))
+    folder = f"{config.project}/{config.verb}/{config.address}"
+    put = Store.put_if_absent
+
+    def run(work: Work, params: object) -> Result:
+        work.store.put(f"{work.attempt_folder}/parts/0.parquet", b"rows")
+        work.adopt("part", "parts/0.parquet", 4, "0" * 64)
+        if where == "work":
+            raise UserError("it cannot")
+        return Result()
+
+    def failing(self: Store, path: str, data: bytes) -> bool:
+        if (where == "dependents" and "/dependents/" in path) or (
+            where == "manifest" and path.endswith("manifest.json")
+        ):
+            raise TryAgain("no space left")
+        done = put(self, path, data)
+        if where == "answer" and path.endswith("manifest.json"):
+            raise TryAgain("the answer was lost")
+        return done
+
+    monkeypatch.setattr(core_verbs, "run", run)
+    monkeypatch.setattr(Store, "put_if_absent", failing)
+    with pytest.raises((UserError, TryAgain)):
+        step.execute(config, store, tmp_path, {})
+    # A bucket may still take a manifest that it did not answer to: its files are kept.
+    kept = where == "answer" or (kind == "bucket" and where == "manifest")
+    assert any("parts/0.parquet" in f for f in files(store, folder)) is kept
 
 
 def test_two_runs_at_once_do_the_work_once(house: House, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,7 @@ class House:
     def run(self, verb: str, key: str = "2024-01", sample: float = 1.0) -> Any:
         """Plan and execute one step; return its result."""
         from orrery.plan import Planner, Request
+        from orrery.runner import prepare
         from orrery.step import execute
 
         number = next(self.runs)
@@ -61,6 +62,7 @@ class House:
             return plan.done
         scratch = self.folder / "scratch" / str(number)
         scratch.mkdir(parents=True)
+        prepare(plan, planner.store)
         return execute(plan.config, planner.store, scratch, {})
 
     @property

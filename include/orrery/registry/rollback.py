@@ -1,4 +1,4 @@
-"""`rollback`: an earlier version is champion again, after it has scored rows of its own last training features."""
+"""`rollback`: an earlier version is champion again, after it has scored rows of the newest features."""
 
 from __future__ import annotations
 
