@@ -46,11 +46,10 @@ class ValidateParams(Params):
 
 
 class MaterializeParams(Params):
-    """`materialize`: where the feature store is (a hint: it changes no feature)."""
+    """`materialize`: where the feature store is (a hint: it changes no feature); used when the spec says `online`."""
 
     feast_registry: str = ""
     feast_online: str = ""
-    online: bool = False
 
 
 class TrainParams(Params):
@@ -141,7 +140,7 @@ VERBS: dict[str, Verb] = {
             MaterializeParams,
             "partition",
             "features",
-            hints=frozenset({"feast_registry", "feast_online", "online"}),
+            hints=frozenset({"feast_registry", "feast_online"}),
         ),
         Verb("train", "orrery.training.train", "ml", TrainParams, "window", "candidate", compute="cpu-small"),
         Verb("evaluate", "orrery.evaluation.evaluate", "ml", EvaluateParams, "window", "evaluation"),

@@ -220,9 +220,10 @@ class Retrain(Frozen):
 
 
 class Features(Frozen):
-    """How far back features look."""
+    """How far back features look, and where they go."""
 
     history: int = Field(1, ge=0, le=60, description="Earlier partitions whose rows feed the views (when they exist).")
+    online: bool = Field(False, description="Push the views' latest rows to the online store whenever they are made.")
 
 
 class ModelSpec(Frozen):

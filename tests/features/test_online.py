@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import shutil
 import threading
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,16 @@ import pyarrow.compute as pc
 import pytest
 from features_house import FEATURES, SPEC, TIME, Project, at, definitions, flights, labelled, weather
 
+from orrery import bundle, platform, step
 from orrery.errors import RequestError, TryAgain, UserError
 from orrery.features.definitions import Definitions
 from orrery.features.known import latest_known
-from orrery.features.online import Home, lookup, lookup_with, online_config, push
+from orrery.features.online import Home, _store, lookup, lookup_with, online_config, push
 from orrery.features.shapes import view_table
+from orrery.plan import Planner, Request
+
+ROOT = Path(__file__).resolve().parents[2]
+ONLINE = "features: {online: true}\n"
 
 
 @pytest.fixture
@@ -53,7 +60,8 @@ def test_online_gives_what_materialize_gives_at_that_time(project: Project) -> N
     rows = labelled(flights(*[(n, now) for n in names]))
     home = Home("tiny", str(project.root / "feast"), "sqlite")
     clean = project.clean("2013-03", flights=rows, weather=reports)
-    result = project.materialize(clean, online=True, feast_registry=home.registry, feast_online=home.online)
+    project.spec += ONLINE
+    result = project.materialize(clean, feast_registry=home.registry, feast_online=home.online)
     offline = project.table(result).drop_columns(["label", "label_time"])
     asked = offline.select(["key", "origin"])
     online = lookup_with(definitions(project.features, project.folder), asked, at=at(now), home=home)
@@ -62,6 +70,84 @@ def test_online_gives_what_materialize_gives_at_that_time(project: Project) -> N
     missing = offline["weather__wind"].null_count
     assert 0 < missing < len(names)
     assert offline["weather__never"].null_count == len(names)
+
+
+@pytest.fixture
+def planned(project: Project, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """March of the project `tiny`, asked for as the command line and the Dags do; its feature store in a folder."""
+    project.spec += ONLINE
+    (project.folder / "spec.yaml").write_text(project.spec)
+    (project.folder / "features.py").write_text(project.features)
+    text = (ROOT / "include" / "platform.yaml").read_text()
+    (project.root / "platform.yaml").write_text(text.replace("${root}/var/feast", f"{project.root}/feast"))
+    addresses = {"HOME": ROOT, "PROJECTS": project.root, "PLATFORM": project.root / "platform.yaml"}
+    addresses |= {"STORE": project.store.uri, "LEDGER": f"sqlite:///{project.root}/ledger.db"}
+    for name, value in addresses.items():
+        monkeypatch.setenv(f"ORRERY_{name}", str(value))
+    rows = labelled(flights(("JFK", 11.0), ("LGA", 11.0)))
+    clean = project.clean("2013-03", flights=rows, weather=weather(("JFK", 9, 10, 9.0), ("LGA", 9, 10, 90.0)))
+    project.store.publish("tiny", "clean", "2013-03", project.store.need(clean), "now")
+
+    def run(name: str, **changes: Any) -> Any:
+        config = (
+            Planner("tiny").plan(Request("tiny", "materialize", ("2013-03",), name, "materialize", **changes)).config
+        )
+        bundle.push(project.store, bundle.pack(project.folder))
+        (project.root / name).mkdir()
+        return step.execute(config, project.store, project.root / name, {})
+
+    return run
+
+
+def winds(project: Project) -> list[float | None]:
+    """What is online for JFK and LGA at 11:00."""
+    rows = pa.table({"key": ["a", "b"], "origin": ["JFK", "LGA"]})
+    found: list[float | None] = lookup("tiny", rows, at=at(11))["weather__wind"].to_pylist()
+    return found
+
+
+def test_a_spec_that_says_online_is_enough(project: Project, planned: Callable[..., Any]) -> None:
+    """From the spec through the planner and the step to `lookup`, with no address but the platform's."""
+    assert str(project.root) in platform.load().feast.registry
+    features = project.table(planned("first"))
+    assert winds(project) == features["weather__wind"].to_pylist() == [9.0, 90.0]
+
+
+def test_a_forced_run_pushes_again(project: Project, planned: Callable[..., Any]) -> None:
+    planned("first")
+    shutil.rmtree(project.root / "feast")
+    _store.cache_clear()
+    planned("again", force=True)
+    assert winds(project) == [9.0, 90.0]
+
+
+def test_who_is_killed_between_push_and_commit_pushes_again(
+    project: Project, planned: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step.Work, "commit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            planned("killed")
+    assert winds(project) == [9.0, 90.0]
+    again = planned("again")
+    assert again.skipped is None
+    assert winds(project) == project.table(again)["weather__wind"].to_pylist()
+
+
+def test_a_sample_is_not_pushed(project: Project, planned: Callable[..., Any]) -> None:
+    planned("part", sample=0.999)
+    with pytest.raises(RequestError, match=r"nothing online yet\n.*online: true.*materialize"):
+        winds(project)
+
+
+def test_without_the_word_nothing_is_pushed(project: Project) -> None:
+    registry = project.root / "feast"
+    clean = project.clean("2013-03", flights=labelled(flights(("JFK", 11))), weather=weather(("JFK", 9, 10, 9.0)))
+    project.materialize(clean, feast_registry=str(registry), feast_online="sqlite")
+    assert not registry.exists()
 
 
 def test_the_ttl_and_the_future_hold_online_as_well(defined: Definitions, home: Home) -> None:

@@ -1,8 +1,8 @@
 """Step `materialize`: clean tables of one partition, and of those before it, into its features table.
 
 Writes features.parquet (key, prediction_time, label, label_time, features, `_` helpers; sorted by
-prediction_time and key) and schema.json ({feature: "numeric" | "categorical"}). When `online` is
-asked for, the views' latest rows go to Feast's online store as well.
+prediction_time and key) and schema.json ({feature: "numeric" | "categorical"}). With `features: {online: true}`
+in the spec, the views' latest rows go to Feast's online store as well.
 """
 
 from __future__ import annotations
@@ -38,11 +38,14 @@ def run(work: Work, params: MaterializeParams) -> Result:
         raise DataError("there is no feature: every column is reserved or begins with _")
     write_parquet(features, work.path("features.parquet"))
     work.write_json("schema.json", schema)
-    if params.online and known and work.config.sample == 1:
+    # Before the commit: whoever is killed in between pushes again, which changes nothing. Neither a sample nor a
+    # repeat is what counts, so neither is published nor pushed.
+    if work.spec.features.online and known and work.config.publish:
         from orrery.features.online import Home, push
 
         home = Home(work.config.project, params.feast_registry, params.feast_online)
-        push(definitions, {view.name: table for view, table in known}, home)
+        pushed = push(definitions, {view.name: table for view, table in known}, home)
+        work.log.info("online", **pushed)
     return _result(work, features, known)
 
 

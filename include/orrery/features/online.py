@@ -127,7 +127,8 @@ def _types(store: Any, view: View) -> dict[str, pa.DataType]:
         fields = store.get_feature_view(view.name).features
     except feast().errors.FeatureViewNotFoundException:
         raise RequestError(
-            f"view {view.name} of {store.project} has nothing online yet", hint="materialize with online: true"
+            f"view {view.name} of {store.project} has nothing online yet",
+            hint="features: {online: true} in spec.yaml, then run materialize",
         ) from None
     return {f.name: plain[f.dtype] for f in fields}
 

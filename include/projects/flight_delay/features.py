@@ -35,7 +35,7 @@ WEEKDAYS = np.array(["mon", "tue", "wed", "thu", "fri", "sat", "sun"])
 def flights(raw: pa.Table) -> pa.Table:
     """One row per flight. label: 1.0 late, 0.0 not, null when it was cancelled or diverted."""
     frame = _flights(raw)
-    arrives = frame["arr_delay"].notna()
+    arrives = frame["arr_delay"].notna() & frame["arrived"].notna()
     day = pd.to_datetime(frame[["year", "month", "day"]])
     return _table(
         {
