@@ -113,7 +113,7 @@ def test_an_identifier_does_not_recite_the_labels_but_a_category_that_holds_them
     features = house.features({**columns, "c": leaked, "id": columns["key"]})
     graph, schema = linear(MODEL, categories=["c"])
     _, _, report = house.evaluate(house.candidate((graph, schema), [features]), [features])
-    assert report["best_single_feature"] == {"name": "c", "metric": "auc", "value": 1.0}
+    assert report["best_single_feature"] == {"name": "c", "metric": "auc", "value": 1.0, "chance": 0.5}
     with_id = schema.model_copy(update={"vocabularies": {"id": ("k00001", "k00002")}})
     _, _, report = house.evaluate(house.candidate((graph, with_id), [features], "c2"), [features], address="e2")
     assert report["best_single_feature"]["name"] in ("a", "b")
@@ -273,3 +273,6 @@ def test_a_multiclass_with_a_class_that_only_one_model_knows(tmp_path: Path) -> 
     assert result.metrics["log_loss"] == pytest.approx(np.mean(losses), abs=1e-5)
     assert result.metrics["champion_delta"] > 0
     assert "Confusion" in result.links
+    best = report["best_single_feature"]
+    assert best["name"] in ("a", "b") and best["metric"] == "accuracy"
+    assert best["chance"] == max(np.mean(truth == k) for k in "xyz") < best["value"] < 0.75

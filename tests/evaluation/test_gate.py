@@ -118,10 +118,31 @@ def test_a_holdout_that_is_predicted_too_well_is_refused_until_the_project_says_
 
 def test_one_feature_that_does_all_the_work_is_refused() -> None:
     leaked = numbers(metrics={"auc": 0.94}, baseline=better(0.94, 0.9, 0.01, 0.07), best_feature="dep_delay")
+    leaked = replace(leaked, best_feature_chance=0.5)
     assert decide(rules(), replace(leaked, best_feature_value=0.92)).verdict == "kept"
     assert decide(rules(), replace(leaked, best_feature_value=0.75)).verdict == "promote"
     assert decide(rules(), replace(leaked, best_feature_value=None)).verdict == "kept"
     assert decide(rules(auc=Bound(max=1)), replace(leaked, best_feature_value=0.92)).verdict == "promote"
+
+
+@pytest.mark.parametrize(
+    ("chance", "alone", "whole", "verdict"),
+    [
+        (0.4, 0.9, 0.92, "kept"),  # 83 % of the way from chance, and nearly all that the model knows
+        (0.4, 0.8, 0.82, "promote"),  # a strong feature, not an impossible one
+        (0.4, 0.9, 0.99, "promote"),  # the model knows more than it
+        (0.96, 0.96, 0.961, "promote"),  # a common class is no feature's doing
+    ],
+)
+def test_one_feature_of_a_multiclass_is_judged_by_its_way_from_the_commonest_class(
+    chance: float, alone: float, whole: float, verdict: str
+) -> None:
+    own = {"accuracy": whole, "log_loss": 0.3}
+    given = Numbers(own, Versus(0.3, 0.5, 0.2, 0.1, 0.3), "14 days", best_feature="code", best_feature_value=alone,
+                    best_feature_chance=chance)  # fmt: skip
+    decision = decide(Rules("multiclass", {}), given)
+    assert decision.verdict == verdict
+    assert check(decision, "leak_by_one_feature").reason.startswith(f"code alone reaches accuracy {alone:g}")
 
 
 def test_a_bound_just_missed_is_shown_with_the_digits_that_tell() -> None:

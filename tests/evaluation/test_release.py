@@ -108,7 +108,39 @@ def test_a_leak_by_absence_is_seen() -> None:
     columns["late"] = np.where(columns["label"] > 0, np.nan, columns["noise"])
     _, schema = linear({"a": 1.0, "late": 1.0})
     best = best_single_feature(labelled(pa.table(columns), "binary"), schema, "binary")
-    assert best == {"name": "late", "metric": "auc", "value": 1.0}
+    assert best == {"name": "late", "metric": "auc", "value": 1.0, "chance": 0.5}
+
+
+CLASSES = ("x", "y", "z")
+
+
+def three_classes() -> tuple[dict[str, object], np.ndarray]:
+    """Rows whose label is one of three classes by a + b and noise; and the classes as 0, 1, 2."""
+    columns = rows()
+    score = columns["a"] + columns["b"] + np.random.default_rng(4).normal(size=4000)
+    code = np.digitize(score, [-1.0, 1.0])
+    return {**columns, "label": np.array(CLASSES)[code]}, code
+
+
+@pytest.mark.parametrize("feature", ["leak", "leaked_category", "id", "noise"])
+def test_a_leak_into_one_feature_of_a_multiclass_is_kept_and_honest_ones_are_not(tmp_path: Path, feature: str) -> None:
+    columns, code = three_classes()
+    columns["leak"] = code + np.random.default_rng(1).normal(scale=0.3, size=4000)
+    columns["leaked_category"] = np.array(["u", "v", "w"])[code]
+    columns["id"] = columns["key"]
+    house = House(tmp_path, task="multiclass")
+    features = house.features(columns)
+    numeric = {"a": 1.0, "b": 1.0} | ({"leak": 9.0} if feature == "leak" else {"noise": 0.0})
+    graph, schema = linear(numeric, categories=["c"], task="multiclass", classes=CLASSES, bias=0.0)
+    if feature in columns and feature not in numeric:
+        schema = schema.model_copy(update={"vocabularies": {feature: ("u", "v", "w")}})
+    _, evaluation, report = house.evaluate(house.candidate((graph, schema), [features]), [features])
+    alone = [r for r in house.gate(evaluation).reasons if r.startswith(f"{feature} alone reaches accuracy")]
+    checks = house.gate(evaluation, "v2").facts["checks"]
+    (check,) = [c for c in checks if c["name"] == "leak_by_one_feature"]
+    assert check["passed"] == (not feature.startswith("leak"))
+    assert bool(alone) == feature.startswith("leak")
+    assert 0.4 < report["best_single_feature"]["chance"] < 0.6
 
 
 def test_the_verdicts_digest_does_not_depend_on_the_latency(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
