@@ -81,9 +81,8 @@ def test_three_months_make_a_quarter_and_nothing_less() -> None:
 
 
 def test_every_task_has_owner_pool_timeout_and_retry_policy(bag) -> None:
-    from orrery.orchestration.retry import RETRIES
-
     from orrery import platform
+    from orrery.orchestration.retry import RETRIES
     from orrery.spec import load_model
 
     for dag in bag.dags.values():
@@ -227,7 +226,9 @@ GPU = "gpu: 1, node_selector: {pool: a}, tolerations: [{key: spot, operator: Exi
 
 def test_the_kubernetes_profile_renders_pods_from_the_compute_class(tmp_path: Path) -> None:
     platform = (
-        (ROOT / "include" / "platform.yaml").read_text().replace('cpu-small: {cpu: "2"', f'cpu-small: {{{GPU}, cpu: "2"')
+        (ROOT / "include" / "platform.yaml")
+        .read_text()
+        .replace('cpu-small: {cpu: "2"', f'cpu-small: {{{GPU}, cpu: "2"')
     )
     assert GPU in platform
     (tmp_path / "platform.yaml").write_text(platform)

@@ -140,7 +140,12 @@ class StepOperator(BaseOperator):
         run, ti = context["dag_run"], context["ti"]
         key = f"{self.project}/runs/{params.run_name(run)}/{ti.task_id}-refused/{ti.try_number}"
         status = STATUS_OF_CODE.get(error.exit_code, "bug")
-        payload = {"verb": self.verb, "key": str(run.partition_key or ""), "status": status, "attempt": key}
+        payload: dict[str, Any] = {
+            "verb": self.verb,
+            "key": str(run.partition_key or ""),
+            "status": status,
+            "attempt": key,
+        }
         payload |= {"verdict": None, "skipped": None, "error": error.message, "reasons": [], "metrics": {}}
         actor = run.triggering_user_name or "airflow"
         try:
