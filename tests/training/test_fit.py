@@ -175,6 +175,9 @@ def fit(train, valid, params): return Model()
 @pytest.mark.parametrize(
     ("model", "says"),
     [
+        (stump("train.labels"), r"fit failed \(line 24\): AttributeError: 'Dataset' object has no attribute 'labels'"),
+        (stump("np.linalg.inv([[0.0]])"), r"fit failed \(line 24\): LinAlgError"),  # raised inside of a library
+        (stump("'much'"), r"to_onnx\(\) failed \(line 10\): ValueError"),
         (stump(output="wrong"), r"to_onnx\(\) returned ModelProto, no valid ONNX model"),
         (stump("float('nan')"), "predictions on the tune part are not finite"),
         (stump("3.0"), "prediction is a probability, found 3 to 3"),

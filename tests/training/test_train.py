@@ -142,6 +142,19 @@ MISTAKES = [
         SpecError,
         "cannot be exported to ONNX",
     ),
+    (
+        "out = self.layers",
+        "if self.training: raise KeyError('mode')\n        out = self.layers",
+        SpecError,
+        r"a training step of the module failed \(line \d+\): KeyError: 'mode'",
+    ),
+    (
+        "parts = ",
+        "numeric = numeric.detach() * 0 + sum(p.sum() for p in self.parameters()).detach()\n        return "
+        "numeric[:, 0]\n        parts = ",
+        SpecError,
+        "forward does not use embed.0.weight, layers.0.weight",
+    ),
     ("out = self.layers", "out = float('nan') * self.layers", UserError, "the loss is not a number in epoch 1"),
 ]
 
@@ -154,6 +167,24 @@ def test_a_mistake_in_the_module_is_told_without_a_traceback(
     made = bench(tmp_path, TORCH_MODEL.replace(before, after), rows=300)
     with pytest.raises(kind, match=says):
         made.train("wrong")
+
+
+AUX = "self.embed = ", "self.aux = nn.Linear(3, 1)\n        self.embed = "
+
+
+def test_a_parameter_that_forward_does_not_use_is_named_when_processes_wait_for_its_gradient(tmp_path: Path) -> None:
+    made = bench(tmp_path, TORCH_MODEL.replace(*AUX), rows=300)
+    with pytest.raises(SpecError, match=r"forward does not use aux\.weight, aux\.bias: .* 2 processes") as e:
+        made.train("two", processes=2)
+    assert "requires_grad_(False)" in e.value.hint
+    assert made.train("alone", overrides={"epochs": 1}).result.facts["weights_digest"]  # one process does without it
+
+
+def test_two_processes_again_make_the_same_weights(shared: Bench) -> None:
+    first = shared.train("two-1", processes=2, overrides={"epochs": 2})
+    second = shared.train_apart("two-2", processes=2, overrides={"epochs": 2})
+    assert first.result.facts["weights_digest"] == second.result.facts["weights_digest"]
+    assert first.result.digest == second.result.digest
 
 
 def test_a_process_that_is_killed_is_told(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ batch and the gradients are averaged, so the number of processes changes roundin
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,11 +20,12 @@ from torch import Tensor, nn
 
 from orrery import log
 from orrery.errors import SpecError, UserError
-from orrery.training import Dataset
+from orrery.training import Dataset, user_model
 from orrery.training.network import Network
 from orrery.training.settings import Settings
 
 PATIENCE = 3  # epochs without a better loss on the tune part
+TRIED_ROWS = 32  # of one trial step: enough for a batch norm
 CHUNK = 8192  # rows of one forward pass where no gradient is needed
 
 
@@ -173,6 +175,27 @@ def refuse_shape(network: Network, task: str, classes: int, data: Dataset) -> No
         form = "[B, classes]" if task == "multiclass" else "[B]"
         raise SpecError(f"model.py: the module returned {got} for {len(numeric)} rows; wanted torch.float32 {wanted}",
                         hint=f"{task}: forward(numeric, categorical) returns {form}")  # fmt: skip
+
+
+def refuse_unused(network: Network, data: Dataset, processes: int) -> None:
+    """Try one backward pass in training mode, on a copy. Raises `SpecError` when it fails, or reaches no parameter.
+
+    One parameter without a gradient is harmless to one process; several wait for each other's gradients of it.
+    """
+    numeric, categorical, _ = _tensors(data, np.arange(min(TRIED_ROWS, data.rows)))
+    with user_model.told("a training step of the module"):
+        module = copy.deepcopy(network.module).train()
+        output = module(network.inputs(numeric), categorical)
+        if output.requires_grad:
+            output.sum().backward()
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    unused = [name for name, p in trainable.items() if p.grad is None]
+    if unused and (processes > 1 or len(unused) == len(trainable)):
+        few = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
+        raise SpecError(
+            f"model.py: forward does not use {few}: no gradient reaches it, with {processes} processes",
+            hint="use it in forward, leave it out, or set requires_grad_(False)",
+        )
 
 
 def _replicate(module: nn.Module, place: Place) -> nn.Module:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ValidationError
 
 from orrery import bundle
-from orrery.errors import SpecError, nearest
+from orrery.errors import OrreryError, SpecError, nearest
 
 if TYPE_CHECKING:
     from orrery.training import Dataset
@@ -78,15 +79,33 @@ def values(model: UserModel, overrides: Mapping[str, Any]) -> BaseModel:
         raise SpecError(f"train.params.{where}: {first['msg']}, got {first['input']!r}", hint=hint) from None
 
 
+@contextlib.contextmanager
+def told(what: str) -> Iterator[None]:
+    """Turn whatever a model.py's code raises into a `SpecError` that names its line.
+
+    Its mistakes are the same on the next attempt. What is raised on purpose (told to stop, try again) stays.
+    """
+    try:
+        yield
+    except OrreryError:
+        raise
+    except Exception as e:
+        raise SpecError(f"model.py: {what} failed{_line(e)}: {type(e).__name__}: {e}") from e
+
+
+def _line(error: Exception) -> str:
+    """Return the deepest line that is in a model.py, since the deepest of all is often in a library."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f.lineno for f in frames if Path(f.filename).name == "model.py"]
+    return f" (line {lines[-1]})" if lines else ""
+
+
 def module(model: UserModel, schema: Schema, params: BaseModel) -> Any:
     """Return the torch module that `build` makes. Raises `SpecError` when it fails, naming the line."""
     from torch import nn
 
-    try:
+    with told("build"):
         made = model.function(schema, params)
-    except Exception as e:
-        line = traceback.extract_tb(e.__traceback__)[-1].lineno
-        raise SpecError(f"model.py: build failed (line {line}): {type(e).__name__}: {e}") from e
     if not isinstance(made, nn.Module):
         raise SpecError(f"model.py: build returned {type(made).__name__}, not a torch nn.Module")
     if not any(p.requires_grad for p in made.parameters()):
@@ -95,11 +114,16 @@ def module(model: UserModel, schema: Schema, params: BaseModel) -> Any:
 
 
 def fitted(model: UserModel, train: Dataset, valid: Dataset, params: BaseModel) -> Any:
-    """Return what `fit` made, written as ONNX (bytes or a ModelProto). Raises `SpecError` when it has no `to_onnx`."""
-    made = model.function(train, valid, params)
+    """Return what `fit` made, written as ONNX (bytes or a ModelProto).
+
+    Raises `SpecError` when it fails, naming the line, or has no `to_onnx`.
+    """
+    with told("fit"):
+        made = model.function(train, valid, params)
     if not callable(getattr(made, "to_onnx", None)):
         raise SpecError(
             f"model.py: fit returned {type(made).__name__}, which has no to_onnx()",
             hint="its to_onnx() gives bytes or an onnx.ModelProto (see orrery.training.OnnxExportable)",
         )
-    return made.to_onnx()
+    with told("to_onnx()"):
+        return made.to_onnx()

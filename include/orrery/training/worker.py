@@ -24,7 +24,7 @@ from orrery.training.dataset import moments
 from orrery.training.network import Head, Inputs, Network
 from orrery.training.schema import Schema
 from orrery.training.settings import Settings
-from orrery.training.trainer import Fitted, Place, Trainer, refuse_shape
+from orrery.training.trainer import Fitted, Place, Trainer, refuse_shape, refuse_unused
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
@@ -91,6 +91,7 @@ def _train(job: Job, place: Place) -> dict[str, Any]:
         fit, tune = _standard(fit, shift, scale), _standard(tune, shift, scale)
     network = _build(job, fit)
     refuse_shape(network, schema.task, len(schema.classes), fit)
+    refuse_unused(network, fit, place.world)
     torch.manual_seed(job.seed + place.rank)  # equal weights on all ranks, but each its own dropout
     trainer = Trainer(network, schema.task, job.settings, job.seed, place)
     fitted = trainer.fit(fit, tune)
