@@ -5,6 +5,14 @@ PYTHON ?= python3.11
 VENVS := $(if $(ORRERY_VENVS),$(ORRERY_VENVS),.venvs)
 export UV_PYTHON_DOWNLOADS := never
 
+# Without environments and without a server's note in var/run there is nothing to end or to tell.
+define HAVE_ORRERY
+test -x $(VENVS)/airflow/bin/orrery || { \
+  if ls var/run/*.json >/dev/null 2>&1; then \
+    echo "error: $(VENVS)/airflow is gone while servers may run" >&2; echo "  → make environments, then this again" >&2; exit 64; \
+  fi; echo "nothing runs: the environments have not been made"; exit 0; }
+endef
+
 .PHONY: help demo test test-faults up down status check lock bench environments test-environments clean
 
 help: ## Show this list
@@ -24,10 +32,10 @@ up: environments ## Start Airflow and MLflow on loopback
 	@$(VENVS)/airflow/bin/orrery up
 
 down: ## Stop both, and everything they started
-	@$(VENVS)/airflow/bin/orrery down
+	@$(HAVE_ORRERY); $(VENVS)/airflow/bin/orrery down
 
 status: ## Say what runs, where, and how to log in
-	@$(VENVS)/airflow/bin/orrery status
+	@$(HAVE_ORRERY); $(VENVS)/airflow/bin/orrery status
 
 test: test-environments ## Lint, types, architecture, and all tests
 	@$(VENVS)/dev/bin/python tests/run.py

@@ -61,6 +61,7 @@ MACHINERY = frozenset(
         ".log",
         ".bundle",
         ".platform",
+        ".uri",
         ".yamlfile",
         ".registry.tracking",
         ".registry.client",

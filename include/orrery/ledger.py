@@ -57,7 +57,7 @@ class Entry:
     id: int
     at: str
     project: str
-    kind: str
+    kind: Kind
     key: str
     phase: str
     actor: str

@@ -16,6 +16,7 @@ from pydantic import Field, StringConstraints, field_validator
 from orrery import yamlfile
 from orrery.errors import SpecError, UserError, nearest
 from orrery.spec import NAME, ComputeName, Frozen, Name
+from orrery.uri import absolute, has_secret
 
 Quantity = Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?(m|Ki|Mi|Gi|Ti)?$")]
 Profile = Literal["local", "kubernetes"]
@@ -89,8 +90,7 @@ class Feast(Frozen):
     @classmethod
     def _no_secret(cls, value: str) -> str:
         """These travel in a step's config, so a password is written as $NAME and read from the step's environment."""
-        found = re.search(r"://[^/@]*:([^/@]*)@", value)
-        if found and not found.group(1).startswith("$"):
+        if has_secret(value):
             raise ValueError("a password must be written as $NAME, the name of a variable in the steps' environment")
         return value
 
@@ -198,6 +198,15 @@ def _load(key: tuple[str | None, ...], mtime: int) -> Platform:
     platform = yamlfile.validate(Platform, data, lines, file)
     values = {"root": root, "mlflow_port": os.environ.get("ORRERY_MLFLOW_PORT", "5500")}
     fields = {f: substitute(getattr(platform, f), values, f"{file}: {f}") for f in ADDRESSES}
+    for field in ("store", "data"):
+        if has_secret(fields[field]):
+            where = ADDRESSES[field] if os.environ.get(ADDRESSES[field]) else f"{file}: {field}"
+            raise SpecError(
+                f"{where}: a password must not stand in it: it is written into configs, logs and the ledger",
+                hint="give the credentials in the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+            )
+    # The command line runs anywhere, a step runs in the home: both must mean the same place.
+    fields |= {f: absolute(fields[f], Path(root)) for f in ("store", "data", "ledger")}
     feast = Feast(
         registry=substitute(platform.feast.registry, values, f"{file}: feast.registry"),
         online=substitute(platform.feast.online, values, f"{file}: feast.online"),

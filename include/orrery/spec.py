@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from orrery import yamlfile
 from orrery.errors import SpecError, nearest
 from orrery.partitions import Grain
+from orrery.uri import has_secret
 
 NAME = r"^[a-z][a-z0-9_]{0,62}$"
 Name = Annotated[str, StringConstraints(pattern=NAME)]
@@ -49,8 +50,10 @@ def _part(model: type[F], value: Any, *at: str) -> F:
 class Label(Frozen):
     """What the model predicts, and when the truth is known."""
 
-    column: Name = Field(description="The name of the label, for people: plots, reports, the scores' column.")
-    delay: Duration = Field("1d", description="How long after a partition ends its last labels are known.")
+    column: Name = Field(description="The name of the label, for people: on plots and in the registry.")
+    delay: Duration = Field(
+        "1d", description="How long after a partition ends its last labels are known: for people, no step waits for it."
+    )
 
 
 class Source(Frozen):
@@ -75,6 +78,11 @@ class Source(Frozen):
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)?", self.table):
                 raise ValueError("`table` is `table` or `schema.table`, letters, digits and _ only")
         if self.uri is not None:
+            if has_secret(self.uri):
+                raise ValueError(
+                    "a password must not stand in `uri`: give it in the environment of the steps "
+                    "(AWS_ACCESS_KEY_ID, …), or read a `table` by an Airflow `connection`"
+                )
             names = set(re.findall(r"(?<!\$)\{([^}]*)\}", self.uri))
             if names - {"partition"}:
                 raise ValueError(f"unknown placeholder {sorted(names - {'partition'})}; allowed: {{partition}}")
@@ -273,6 +281,16 @@ class ModelSpec(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _gate_is_of_the_task(self) -> ModelSpec:
+        """Refuse a bound on a number that this task never has: no candidate could keep it."""
+        allowed = [*TASK_METRICS[self.task], *EXPORT_METRICS, "disparity"]
+        for metric in self.gate:
+            if metric not in allowed:
+                text = f"a {self.task} task has no {metric!r}; {nearest(metric, allowed)}"
+                raise yamlfile.Inside(("gate", metric), text)
+        return self
+
+    @model_validator(mode="after")
     def _flagged_is_binary(self) -> ModelSpec:
         if self.task != "binary" and self.disparity is not None and self.disparity.of == "flagged":
             raise ValueError(f"gate.disparity.of: `flagged` is for a binary task, this one is {self.task}")
@@ -322,6 +340,13 @@ METRICS: dict[str, bool] = {
     "p50_ms": False,
     "p99_ms": False,
     "size_mb": False,
+}
+# What every export is measured by, and what each task's predictions are.
+EXPORT_METRICS = ("p50_ms", "p99_ms", "size_mb")
+TASK_METRICS: dict[str, tuple[str, ...]] = {
+    "binary": ("auc", "average_precision", "log_loss", "brier", "calibration_error", "accuracy"),
+    "multiclass": ("log_loss", "accuracy"),
+    "regression": ("rmse", "mae", "r2"),
 }
 PRIMARY: dict[str, str] = {"binary": "auc", "multiclass": "log_loss", "regression": "rmse"}
 

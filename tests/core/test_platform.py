@@ -28,6 +28,33 @@ def test_variables_win_over_the_file_and_placeholders_are_filled(house: House, m
     assert platform.load().data == "s3://elsewhere/x"
 
 
+def test_relative_places_mean_the_same_from_every_folder(
+    house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The command line runs where a person is, a step in the home."""
+    for name, value in {"STORE": "var/x", "DATA": "file://up", "LEDGER": "sqlite:///var/l.db"}.items():
+        monkeypatch.setenv(f"ORRERY_{name}", value)
+    monkeypatch.chdir(tmp_path)
+    loaded = platform.load()
+    assert loaded.store == f"file://{house.home}/var/x"
+    assert loaded.data == f"file://{house.home}/up"
+    assert loaded.ledger == f"sqlite:///{house.home}/var/l.db"
+
+
+@pytest.mark.parametrize("variable", ["ORRERY_STORE", "ORRERY_DATA"])
+def test_a_password_in_an_address_is_refused(house: House, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, "s3://key:hunter2@bucket/x")
+    with pytest.raises(SpecError, match=f"{variable}: a password must not stand in it.*\n.*AWS_SECRET_ACCESS_KEY") as e:
+        platform.load()
+    assert "hunter2" not in str(e.value)
+    monkeypatch.delenv(variable)
+    field = variable.removeprefix("ORRERY_").lower()
+    write(house, PLATFORM + f"{field}: s3://key:hunter2@bucket/x\n")
+    with pytest.raises(SpecError, match=f"platform.yaml: {field}: a password") as e:
+        platform.load()
+    assert "hunter2" not in str(e.value)
+
+
 @pytest.mark.parametrize(
     ("text", "parts"),
     [

@@ -33,6 +33,13 @@ def line_of(text: str) -> int:
     return next(i for i, line in enumerate(SPEC.splitlines(), 1) if text in line)
 
 
+def test_a_password_in_a_uri_is_refused_and_not_repeated(tmp_path: Path) -> None:
+    told = refused(tmp_path, "${data}/flights", "s3://key:hunter2@bucket")
+    assert told.startswith(f"spec.yaml:{line_of('flights: {uri')}: sources.flights")
+    assert "an Airflow `connection`" in told
+    assert "hunter2" not in told
+
+
 @pytest.mark.parametrize(
     ("old", "new", "line", "parts"),
     [

@@ -208,6 +208,12 @@ def test_without_an_address_it_is_the_users_to_set(release, monkeypatch: pytest.
         release.register(release.candidate())
 
 
+def test_an_address_that_is_none_is_told_without_its_password() -> None:
+    with pytest.raises(UserError, match=r"MLflow's address 'mlflow://\*\*\*@host' is not one") as e:
+        Mlflow("mlflow://me:hunter2@host")
+    assert "hunter2" not in str(e.value)
+
+
 def test_the_effects_import_no_mlflow() -> None:
     modules = ", ".join(m.__name__ for m in (promote, register)) + ", orrery.registry.tracking"
     code = f"import sys, {modules}; print({{'mlflow', 'requests', 'matplotlib', 'torch'}} & sys.modules.keys())"

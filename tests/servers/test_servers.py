@@ -120,6 +120,15 @@ def test_a_port_that_cannot_be_is_refused(home: Path, monkeypatch: pytest.Monkey
 # the environment and its secrets
 
 
+def test_the_password_of_another_mlflow_is_not_shown(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORRERY_MLFLOW", "https://me:hunter2@mlflow.example.org/x")
+    console = quiet()
+    assert servers._wanted(console) == ["airflow"]
+    servers.status(home, console=console)
+    assert "hunter2" not in printed(console)
+    assert printed(console).count("https://***@mlflow.example.org/x") == 2
+
+
 def test_secrets_are_private_stable_and_not_in_the_environment(home: Path) -> None:
     old = os.umask(0)
     try:
@@ -163,6 +172,43 @@ def test_a_database_url_is_not_shown_by_ps(home: Path, monkeypatch: pytest.Monke
 
 
 # who runs
+
+
+def test_a_plain_postgresql_url_takes_the_driver_that_mlflow_has(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORRERY_MLFLOW_DB", "postgresql://me:hunter2@db/mlflow")
+    monkeypatch.setattr(config, "program", lambda *names: Path("/bin/true"))
+    stored = config.mlflow_command(home).environment["MLFLOW_BACKEND_STORE_URI"]
+    assert stored == "postgresql+psycopg://me:hunter2@db/mlflow"
+
+
+@pytest.mark.parametrize(("answers", "ended"), [(3, False), (10_000, True)])
+def test_a_sick_server_is_waited_for_and_its_end_is_told(
+    home: Path, monkeypatch: pytest.MonkeyPatch, answers: int, ended: bool
+) -> None:
+    """What it runs would end with it: a moment of silence must not cost a training."""
+    process = sleeper(home)
+    found = processes.identify(process.pid)
+    assert found is not None
+    record = servers.Record(process.pid, found.start, config.port("airflow"), was_healthy=True)
+    servers._record_file(home, "airflow").parent.mkdir(parents=True)
+    servers._write(home, "airflow", record)
+    left = [answers]
+
+    def problem(name: str, record: servers.Record) -> str | None:
+        left[0] -= 1
+        return "is busy" if left[0] >= 0 else None
+
+    monkeypatch.setattr(servers, "_problem", problem)
+    monkeypatch.setattr(servers, "RECOVERY_S", 0.4)
+    monkeypatch.setattr(servers, "_end", lambda home, name: ends.append(name))
+    ends: list[str] = []
+    console = quiet()
+    assert servers._running(home, "airflow", console) == (None if ended else record)
+    assert ends == (["airflow"] if ended else [])
+    assert "Airflow is busy: waiting up to" in printed(console)
+    assert ("is ended, with what it runs" in printed(console)) is ended
+    process.kill()
+    process.wait()
 
 
 def test_a_recycled_pid_is_never_killed(home: Path) -> None:

@@ -20,6 +20,7 @@ from urllib.parse import quote, unquote, urlencode, urlsplit, urlunsplit
 import fsspec
 
 from orrery.errors import TryAgain, UserError
+from orrery.uri import masked
 
 # A server that is up accepts at once; one that is down must not hold up a training.
 CONNECT_S = 3.0
@@ -64,7 +65,7 @@ class Mlflow:
         self._parts = urlsplit(uri.rstrip("/"))
         if self._parts.scheme not in ("http", "https") or not self._parts.hostname:
             raise UserError(
-                f"MLflow's address {uri!r} is not one of a server", hint="http://host:port; see ORRERY_MLFLOW"
+                f"MLflow's address {masked(uri)!r} is not one of a server", hint="http://host:port; see ORRERY_MLFLOW"
             )
         host = self._parts.netloc.rpartition("@")[2]
         self.address = urlunsplit((self._parts.scheme, host, self._parts.path, "", ""))

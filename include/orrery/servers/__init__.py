@@ -37,6 +37,7 @@ from orrery.errors import OrreryError, UserError
 from orrery.servers import config, processes, settings
 from orrery.servers.config import HOST, ServerName, airflow_environment
 from orrery.servers.processes import Process
+from orrery.uri import masked
 
 __all__ = ["ServerStatus", "airflow_environment", "airflow_login", "down", "status", "statuses", "up"]
 
@@ -44,6 +45,8 @@ SERVERS: tuple[ServerName, ...] = ("airflow", "mlflow")
 TITLES: Mapping[ServerName, str] = {"airflow": "Airflow", "mlflow": "MLflow"}
 # Seconds to become healthy: several times what two busy cores need.
 PATIENCE: Mapping[ServerName, float] = {"airflow": 240.0, "mlflow": 180.0}
+# Seconds in which a server that was healthy may become so again.
+RECOVERY_S = 60.0
 COMPONENTS = ("metadatabase", "scheduler", "triggerer", "dag_processor")
 State = Literal["stopped", "starting", "unhealthy", "healthy", "elsewhere"]
 
@@ -91,7 +94,7 @@ def up(home: Path | None = None, *, console: Console | None = None) -> None:
     objects = settings.read(home)
     wanted = _wanted(console)
     with _lock(home):
-        records = {name: record for name in wanted if (record := _running(home, name))}
+        records = {name: record for name in wanted if (record := _running(home, name, console))}
         _check_ports([name for name in wanted if name not in records])
         for name in wanted:
             if name in records:
@@ -103,6 +106,10 @@ def up(home: Path | None = None, *, console: Console | None = None) -> None:
         settings.load(objects, api)
     for name in wanted:
         _say(console, f"✓ {TITLES[name]} at {records[name].url}", style="green")
+    _say_login(home, console)
+
+
+def _say_login(home: Path, console: Console) -> None:
     _say(console, f"  sign in to Airflow as {config.ADMIN} with the password in {config.passwords_file(home)}")
 
 
@@ -127,6 +134,8 @@ def status(home: Path | None = None, *, console: Console | None = None) -> bool:
         state = Text(item.state, style=colours[item.state])
         table.add_row(TITLES[item.name], state, item.url, str(item.pid or ""), Text(item.detail))
     console.print(table)
+    if any(item.name == "airflow" and item.state == "healthy" for item in found):
+        _say_login(_home(home), console)
     return all(item.state in ("healthy", "elsewhere") for item in found)
 
 
@@ -140,7 +149,7 @@ def statuses(home: Path | None = None) -> list[ServerStatus]:
         if record is None or not record.process.alive():
             strays = len(processes.family(config.marker(home, name)))
             detail = f"{strays} processes were left behind: `orrery down` ends them" if strays else ""
-            elsewhere = os.environ.get("ORRERY_MLFLOW") if name == "mlflow" and _mlflow_elsewhere() else None
+            elsewhere = masked(os.environ["ORRERY_MLFLOW"]) if name == "mlflow" and _mlflow_elsewhere() else None
             found.append(ServerStatus(name, "elsewhere" if elsewhere else "stopped", elsewhere or "", detail=detail))
             continue
         problem = _problem(name, record)
@@ -283,7 +292,7 @@ def _check_ports(names: list[ServerName]) -> None:
 def _wanted(console: Console) -> list[ServerName]:
     if not _mlflow_elsewhere():
         return list(SERVERS)
-    _say(console, f"MLflow is at {os.environ['ORRERY_MLFLOW']} (ORRERY_MLFLOW): none is started here")
+    _say(console, f"MLflow is at {masked(os.environ['ORRERY_MLFLOW'])} (ORRERY_MLFLOW): none is started here")
     return ["airflow"]
 
 
@@ -307,22 +316,34 @@ def _say(console: Console, text: str, style: str = "") -> None:
 # who runs
 
 
-def _running(home: Path, name: ServerName) -> Record | None:
+def _running(home: Path, name: ServerName, console: Console) -> Record | None:
     """Return the server when it runs and is of use; end what is left of it otherwise."""
     record = _read(home, name)
-    if record is not None and record.process.alive() and not (record.was_healthy and _lastingly_sick(name, record)):
-        return record
+    if record is not None and record.process.alive():
+        problem = _lasting_problem(name, record, console) if record.was_healthy else None
+        if problem is None:
+            return record
+        _say(console, f"{TITLES[name]} is ended, with what it runs, and started again: {problem}", style="yellow")
     _end(home, name)
     return None
 
 
-def _lastingly_sick(name: ServerName, record: Record) -> bool:
-    """Whether a server that was healthy once is so no more, and not just for a moment."""
-    for attempt in range(5):
-        if _problem(name, record) is None:
-            return False
-        time.sleep(2 if attempt < 4 else 0)
-    return True
+def _lasting_problem(name: ServerName, record: Record, console: Console) -> str | None:
+    """Return what is wrong with a server that was healthy once; nothing when it comes back in time.
+
+    Its running tasks end with it, and a busy machine can keep it silent for a while: so it is given long, and
+    told of.
+    """
+    began, spoken = time.monotonic(), False
+    while (problem := _problem(name, record)) is not None and record.process.alive():
+        waited = time.monotonic() - began
+        if waited > RECOVERY_S:
+            return f"for {waited:.0f} s it {problem}"
+        if not spoken:
+            _say(console, f"{TITLES[name]} {problem}: waiting up to {RECOVERY_S:.0f} s for it")
+            spoken = True
+        time.sleep(min(2.0, RECOVERY_S / 4))
+    return problem
 
 
 def _end(home: Path, name: ServerName) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from orrery.errors import UserError
+from orrery.ledger import with_driver
 from orrery.servers.processes import MARKER
 
 ServerName = Literal["airflow", "mlflow"]
@@ -168,7 +169,7 @@ def mlflow_command(home: Path) -> Command:
     )
     environment = _environment(home, "mlflow") | {
         # By variable, not by argument: a database's URL may hold a password, and `ps` shows arguments.
-        "MLFLOW_BACKEND_STORE_URI": os.environ.get("ORRERY_MLFLOW_DB") or f"sqlite:///{state}/mlflow.db",
+        "MLFLOW_BACKEND_STORE_URI": with_driver(os.environ.get("ORRERY_MLFLOW_DB") or f"sqlite:///{state}/mlflow.db"),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_SERVER_ALLOWED_HOSTS": os.environ.get(
             "MLFLOW_SERVER_ALLOWED_HOSTS", "localhost,localhost:*,127.0.0.1,127.0.0.1:*"
