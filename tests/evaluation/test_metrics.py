@@ -1,12 +1,16 @@
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planted import SPEC
 from sklearn import metrics as sk
 
+from orrery.errors import SpecError
 from orrery.evaluation import metrics
+from orrery.spec import EXPORT_METRICS, METRICS, TASK_METRICS, load_model
 
 
 def some(n: int = 500, decimals: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -95,3 +99,24 @@ def test_calibration_error_does_not_depend_on_the_order_of_tied_rows() -> None:
 
 def test_certain_and_wrong_costs_a_lot_but_not_infinity() -> None:
     assert metrics.log_loss(np.array([1.0]), np.array([0.0])) == pytest.approx(-math.log(metrics.EPSILON))
+
+
+def test_a_spec_may_bound_exactly_what_is_measured() -> None:
+    assert {task: set(found) for task, found in metrics.METRICS_OF.items()} == {
+        task: set(names) for task, names in TASK_METRICS.items()
+    }
+    assert {*EXPORT_METRICS, *(n for names in TASK_METRICS.values() for n in names)} == set(METRICS)
+
+
+@pytest.mark.parametrize("task", sorted(TASK_METRICS))
+@pytest.mark.parametrize("metric", sorted(METRICS))
+def test_a_bound_on_another_tasks_metric_is_refused_by_the_spec(tmp_path: Path, task: str, metric: str) -> None:
+    """Else it is checked, never measured, and every candidate is kept for ever."""
+    (tmp_path / "spec.yaml").write_text(SPEC.format(task=task, gate=f"\n  {metric}: {{min: 0.5}}"))
+    if metric in (*TASK_METRICS[task], *EXPORT_METRICS):
+        assert list(load_model(tmp_path).bounds) == [metric]
+        return
+    with pytest.raises(SpecError) as e:
+        load_model(tmp_path)
+    assert f"spec.yaml:9: gate.{metric}: a {task} task has no {metric!r}; " in e.value.message
+    assert all(name in e.value.message for name in (*TASK_METRICS[task], "p99_ms", "disparity"))
