@@ -2,7 +2,7 @@
 
 January to March land and are ingested; their three months of features make up a quarter, so training starts
 by itself; the champion is promoted; April lands and is scored. Ends non-zero, with the failing task's log,
-when anything fails. Writes var/demo/report.json.
+when any of the runs fails. Writes var/demo/report.json, when all is well.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class Story:
         self.api, self.began = api, began
         self.watched: list[tuple[str, str]] = []
         self.states: dict[tuple[str, str, str], str] = {}
+        self.troubles: dict[str, str] = {}
         # Runs of an earlier demo on the same Airflow are not this one's.
         self.earlier = {run.run_id for run in api.runs()}
 
@@ -73,8 +74,9 @@ class Story:
                 if len(done) == len(watched):
                     return done
                 if time.monotonic() > deadline:
+                    logs = "".join(f"\n{log}" for log in self.troubles.values())
                     raise TryAgain(
-                        f"{what} has not ended after {timeout:.0f} s", hint="see `make status` and Airflow's UI"
+                        f"{what} has not ended after {timeout:.0f} s{logs}", hint="see `make status` and Airflow's UI"
                     )
                 time.sleep(1.0)
         finally:
@@ -89,10 +91,29 @@ class Story:
             state, at = task.state or "waiting", (dag, key, task.task_id)
             if self.states.get(at) != state:
                 self.states[at] = state
+                if state == "up_for_retry":
+                    # Airflow will try for ten minutes and more: say now what is wrong.
+                    self.troubles[task.task_id] = self.api.failures(runs[0], state=state, lines=30)
+                    console.print(escape(self.troubles[task.task_id]))
                 if not console.is_terminal and state in ("success", "failed", "skipped", "up_for_retry"):
                     spent = f" ({task.seconds:.0f} s)" if task.seconds else ""
                     console.print(f"{time.monotonic() - self.began:5.0f} s  {dag} {key} {task.task_id}: {state}{spent}")
         return runs[0]
+
+    def settle(self, timeout: float = 300) -> None:
+        """Wait for the runs that nobody watched (each ingested month asks for its scores); raise when one failed."""
+        deadline = time.monotonic() + timeout
+        while True:
+            runs = [run for run in self.api.runs() if run.run_id not in self.earlier]
+            for run in runs:
+                if run.done and not run.ok:
+                    raise UserError(f"{run.dag_id} {run.partition_key} failed:\n{self.api.failures(run)}")
+            open_ = [f"{run.dag_id} {run.partition_key}" for run in runs if not run.done]
+            if not open_:
+                return
+            if time.monotonic() > deadline:
+                raise TryAgain(f"not ended after {timeout:.0f} s: {', '.join(open_)}", hint="see Airflow's UI")
+            time.sleep(1.0)
 
     def _table(self) -> Table:
         table = Table(box=None, show_header=False, pad_edge=False)
@@ -170,6 +191,7 @@ def loop(api: AirflowApi, book: Ledger, began: float, seconds: dict[str, float])
     api.trigger(f"{PROJECT}.ingest", {"reason": "make demo"}, partition_key=SCORED)
     timed(seconds, "ingest_april", lambda: story.wait([(f"{PROJECT}.ingest", SCORED)], "ingest"))
     score = timed(seconds, "score", lambda: story.wait([(f"{PROJECT}.score", SCORED)], "scoring"))[0]
+    story.settle()
     return {"train": train.run_id, "score": score.run_id}
 
 
@@ -188,9 +210,11 @@ def show(report: dict[str, Any]) -> None:
         title_style="bold",
         box=None,
     )
+    # On a second run with another model the gate may have kept the champion: the holdout's figure is the candidate's.
+    who = "champion" if report["verdict"] == "promote" else "candidate, kept out"
     for column in ("AUC", "champion", "baseline"):
         table.add_column(column, justify="left" if column == "AUC" else "right")
-    table.add_row("holdout (end of March)", f"{holdout['auc']:.4f}", f"{holdout['baseline_auc']:.4f}")
+    table.add_row(f"holdout, end of March ({who})", f"{holdout['auc']:.4f}", f"{holdout['baseline_auc']:.4f}")
     table.add_row(
         f"{SCORED} ({quality['rows_with_label']:,} flights)", f"{quality['auc']:.4f}", f"{quality['baseline_auc']:.4f}"
     )
@@ -214,7 +238,9 @@ def show(report: dict[str, Any]) -> None:
 def main() -> int:
     """Entry of `make demo`; 0 when all went well."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    target = platform.home() / "var" / "demo" / "report.json"
     try:
+        target.unlink(missing_ok=True)  # the report of an earlier demo says nothing about this one
         report = tell()
     except OrreryError as e:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]the demo failed:[/] {escape(str(e))}")
@@ -222,7 +248,6 @@ def main() -> int:
     except KeyboardInterrupt:
         console.print("\nstopped; the servers still run: `make status`, `make down`")
         return 130
-    target = platform.home() / "var" / "demo" / "report.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(report, indent=1) + "\n")
     show(report)

@@ -218,11 +218,11 @@ class AirflowApi:
         content = self._call("GET", path, query={"full_content": "true", "map_index": str(map_index)})["content"]
         return "\n".join(_log_line(entry) for entry in content)
 
-    def failures(self, run: Run, *, lines: int = 60) -> str:
-        """Return, for every failed task of a run, the last lines of its last try's log."""
+    def failures(self, run: Run, *, lines: int = 60, state: str = "failed") -> str:
+        """Return, for every failed task of a run (or in `state`), the last lines of its last try's log."""
         parts = []
         for task in self.tasks(run):
-            if task.state == "failed" and task.try_number > 0:
+            if task.state == state and task.try_number > 0:
                 text = self.log(run, task.task_id, task.try_number, map_index=task.map_index)
                 log = [line for line in text.splitlines() if "::group::" not in line and "::endgroup::" not in line]
                 parts.append(f"{run.dag_id}.{task.task_id} try {task.try_number}:\n" + "\n".join(log[-lines:]))

@@ -298,6 +298,19 @@ def status() -> None:
         raise typer.Exit(1)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def airflow(context: typer.Context) -> None:
+    """Run Airflow's own command line on the local Airflow, such as `orrery airflow backfill create --help`."""
+    from orrery.runner import venvs
+    from orrery.servers import airflow_environment
+
+    program = venvs() / "airflow" / "bin" / "airflow"
+    os.execve(program, ["airflow", *context.args], {**os.environ, **airflow_environment(platform.home())})
+
+
 @app.command(hidden=True)
 def step() -> None:
     """Run one attempt of one step (for machines): `orrery step --config URI --result URI`."""

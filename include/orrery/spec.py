@@ -21,8 +21,10 @@ NAME = r"^[a-z][a-z0-9_]{0,62}$"
 Name = Annotated[str, StringConstraints(pattern=NAME)]
 ComputeName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,62}$")]
 Column = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_.]{0,126}$")]
+Cron = Annotated[str, StringConstraints(pattern=r"^\S+( \S+){4}$")]
 Duration = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{0,5}(s|m|h|d)$")]
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+SCHEDULES: dict[Grain, str] = {"hour": "15 * * * *", "day": "0 6 * * *", "month": "0 6 2 * *", "year": "0 6 2 1 *"}
 
 
 def seconds(duration: str) -> int:
@@ -252,7 +254,11 @@ class ModelSpec(Frozen):
     split: Split = Split()
     gate: dict[str, Any] = Field(default_factory=dict, description="Bounds per metric, and `disparity`.")
     retrain: Retrain = Retrain()
-    schedule: str = Field("0 6 2 * *", description="Cron of ingest (UTC); the partition is the one just ended.")
+    schedule: Cron | None = Field(
+        None,
+        description="Cron of ingest (UTC), one tick per partition; the partition is the one just ended. By default at "
+        "6:00 of the second day after a month or year, at 6:00 after a day, 15 minutes after an hour.",
+    )
 
     @field_validator("sources")
     @classmethod
@@ -291,6 +297,12 @@ class ModelSpec(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _quarters_are_of_months(self) -> ModelSpec:
+        if "quarterly" in self.retrain.on and self.grain != "month":
+            raise yamlfile.Inside(("retrain", "on"), f"`quarterly` is for sources by month, these are by {self.grain}")
+        return self
+
+    @model_validator(mode="after")
     def _flagged_is_binary(self) -> ModelSpec:
         if self.task != "binary" and self.disparity is not None and self.disparity.of == "flagged":
             raise ValueError(f"gate.disparity.of: `flagged` is for a binary task, this one is {self.task}")
@@ -300,6 +312,11 @@ class ModelSpec(Frozen):
     def grain(self) -> Grain:
         """The partition size that the sources share."""
         return next(s.partition for s in self.sources.values() if s.partition != "none")
+
+    @property
+    def cron(self) -> str:
+        """The cron of ingest, given or by the partition size."""
+        return self.schedule or SCHEDULES[self.grain]
 
     @property
     def rows_source(self) -> str:

@@ -70,6 +70,38 @@ def test_ingest_runs_for_the_partition_that_has_just_ended(bag) -> None:
     assert key == "2013-03"
 
 
+@pytest.mark.parametrize(
+    ("grain", "tick", "key"),
+    [
+        ("hour", "2013-04-02T06:15", "2013-04-02T05"),
+        ("day", "2013-04-01T06:00", "2013-03-31"),
+        ("month", "2013-01-02T06:00", "2012-12"),
+        ("year", "2013-01-02T06:00", "2012"),
+    ],
+)
+def test_each_partition_size_has_a_schedule_of_its_own(grain: str, tick: str, key: str) -> None:
+    import pendulum
+    from airflow.sdk import DAG
+    from airflow.serialization.serialized_objects import DagSerialization
+
+    from orrery.orchestration.timetables import ingest_schedule
+    from orrery.spec import ModelSpec
+
+    spec = ModelSpec.model_validate(
+        {
+            "version": 1,
+            "kind": "model",
+            "owner": "a",
+            "task": "binary",
+            "label": {"column": "late"},
+            "sources": {"rows": {"uri": "file:///x/{partition}.csv", "partition": grain}},
+        }
+    )
+    dag = DAG("probe", schedule=ingest_schedule(spec))
+    timetable = DagSerialization.from_dict(DagSerialization.to_dict(dag)).timetable
+    assert timetable._get_partition_info(pendulum.parse(tick))[1] == key
+
+
 def test_three_months_make_a_quarter_and_nothing_less() -> None:
     from airflow.partition_mappers.base import RollupMapper
     from airflow.partition_mappers.temporal import StartOfQuarterMapper

@@ -19,12 +19,12 @@ from orrery.spec import ModelSpec
 
 def ingest_schedule(spec: ModelSpec) -> CronPartitionTimetable:
     """Return the cron of ingest: each run's key is the partition that ended before it. Backfillable by partition."""
-    return CronPartitionTimetable(spec.schedule, timezone="UTC", run_offset=-1, key_format=FORMATS[spec.grain])
+    return CronPartitionTimetable(spec.cron, timezone="UTC", run_offset=-1, key_format=FORMATS[spec.grain])
 
 
 def train_schedule(project: str, spec: ModelSpec) -> Any:
     """Return what starts a training by itself: three months of features that make up a quarter, or nothing."""
-    if "quarterly" not in spec.retrain.on or spec.grain != "month":
+    if "quarterly" not in spec.retrain.on:
         return None
     quarter = RollupMapper(upstream_mapper=StartOfQuarterMapper(input_format=FORMATS["month"]), window=QuarterWindow())
     features = asset(project, "features")
