@@ -14,14 +14,18 @@ import argparse
 import fcntl
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
-VENVS = Path(os.environ.get("ORRERY_VENVS", ROOT / ".venvs"))
+VENVS = Path(os.environ.get("ORRERY_VENVS") or ROOT / ".venvs")
 UV_VERSION = "0.13.9"
+NETWORK = "is there a network, and does pip's own configuration (pip config list) reach a package index?"
 ENVIRONMENTS = ("airflow", "ml", "spark")
 # The demo's data and the benchmarks' rivals: each in a folder of its own, without what it depends on.
 DATA = {
@@ -60,15 +64,32 @@ def main() -> int:
     return 0
 
 
+class Failed(Exception):
+    """A command that we need has failed: what was being done, and what may help."""
+
+
+def run(what: str, argv: list[str], hint: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command that must succeed. Raises `Failed`; what it printed has said why."""
+    try:
+        done = subprocess.run(argv, text=True, check=False, **options)
+    except OSError as e:
+        raise Failed(f"{what}: {argv[0]}: {e.strerror}\n  → {hint}") from None
+    if done.returncode:
+        said = f"\n{done.stderr.strip()[-1000:]}" if done.stderr else ""
+        raise Failed(f"{what}: {Path(argv[0]).name} ended with {done.returncode}{said}\n  → {hint}")
+    return done
+
+
 def fetch_uv() -> Path:
     """Return the project's own uv, fetched by pip on first use (pip knows the user's index and proxies)."""
     uv = VENVS / "tools" / "bin" / "uv"
     stamp = VENVS / "tools" / ".uv-version"
     if uv.exists() and stamp.exists() and stamp.read_text() == UV_VERSION:
         return uv
-    subprocess.run([sys.executable, "-m", "venv", str(VENVS / "tools")], check=True)
+    made = [sys.executable, "-m", "venv", "--clear", str(VENVS / "tools")]
+    run("making .venvs/tools", made, "this Python needs venv and ensurepip: on Debian, apt install python3.11-venv")
     pip = [str(VENVS / "tools" / "bin" / "python"), "-m", "pip", "install", "--quiet", f"uv=={UV_VERSION}"]
-    subprocess.run(pip, check=True, stderr=subprocess.DEVNULL if "-q" in sys.argv else None)
+    run("fetching uv", pip, NETWORK)
     stamp.write_text(UV_VERSION)
     return uv
 
@@ -85,23 +106,32 @@ def pip_setting(name: str) -> str:
 
 
 def uv_environment() -> dict[str, str]:
-    """Hand pip's configuration on to uv, which does not read it.
+    """Hand pip's configuration on to uv, which does not read it; a variable of uv's own wins.
 
-    An extra index is left out: uv takes the first index that knows a package, pip the best of all of
-    them, so the same setting would mean something else. A find-links folder means the same to both.
+    With an extra index pip takes the best version of all, uv the first index that knows the package unless told.
     """
     env = dict(os.environ)
     env.setdefault("UV_PYTHON_DOWNLOADS", "never")
     env.setdefault("UV_LINK_MODE", "hardlink")
     env.setdefault("UV_CACHE_DIR", str(VENVS / "cache"))
-    for pip_name, uv_name in (("index-url", "UV_DEFAULT_INDEX"), ("find-links", "UV_FIND_LINKS")):
-        value = pip_setting(pip_name)
+    extra = [url for url in pip_setting("extra-index-url").split() if usable(url)]
+    given = {
+        "UV_DEFAULT_INDEX": pip_setting("index-url"),
+        "UV_INDEX": " ".join(extra),
+        "UV_INDEX_STRATEGY": "unsafe-best-match" if extra else "",
+        "UV_FIND_LINKS": ",".join(pip_setting("find-links").split()),
+        "SSL_CERT_FILE": pip_setting("cert"),
+    }
+    for name, value in given.items():
         if value:
-            env.setdefault(uv_name, value.replace("\n", " ").replace(" ", ",") if uv_name == "UV_FIND_LINKS" else value)
-    cert = pip_setting("cert")
-    if cert:
-        env.setdefault("SSL_CERT_FILE", cert)
+            env.setdefault(name, value)
     return env
+
+
+def usable(index: str) -> bool:
+    """Tell whether uv can ask an extra index: pip passes over a folder that is not there, uv fails."""
+    parts = urlsplit(index)
+    return parts.scheme in ("http", "https") or (parts.scheme == "file" and Path(unquote(parts.path)).is_dir())
 
 
 def digest(files: list[Path]) -> str:
@@ -128,19 +158,29 @@ def make(uv: Path, name: str, *, with_tests: bool) -> None:
     # A stamp from before must not survive a half-finished refresh.
     for old in home.glob(".digest*"):
         old.unlink()
-    if not python.exists():
-        subprocess.run([str(uv), "venv", "-q", "--python", sys.executable, str(home)], check=True, env=env)
-    install = [str(uv), "pip", "install", "-q", "--compile-bytecode", "--python", str(python)]
+    if not sound(home):
+        # Killed while it was made, or its Python has moved: what is there is of no use.
+        made = [str(uv), "venv", "-q", "--clear", "--python", sys.executable, str(home)]
+        run(f"making environment {name}", made, f"remove {home}, then run it again", env=env)
+    # --exact: what is pinned no more leaves. One call, or the second would remove what the first has brought.
+    install = [str(uv), "pip", "install", "-q", "--exact", "--compile-bytecode", "--python", str(python)]
     for file in files:
         install += ["-r", str(file)]
-    subprocess.run(install, check=True, env=env)
     if name != "dev":
-        own = [str(uv), "pip", "install", "-q", "--no-deps", "--python", str(python), "-e", str(ROOT)]
-        subprocess.run(own, check=True, env=env)
+        install += ["-e", str(ROOT)]
+    run(f"installing environment {name}", install, NETWORK, env=env)
     stamp.write_text(wanted)
     if with_tests:
         (home / ".digest").write_text(digest([base, ROOT / "pyproject.toml"]))
     print(f"environment {name}: ready in {time.monotonic() - began:.0f} s", flush=True)
+
+
+def sound(home: Path) -> bool:
+    """Tell whether an environment was made to its end and its Python still runs."""
+    python = home / "bin" / "python"
+    if not (home / "pyvenv.cfg").is_file() or not os.access(python, os.X_OK):
+        return False
+    return subprocess.run([str(python), "-c", ""], capture_output=True, check=False).returncode == 0
 
 
 def fetch_data(uv: Path, name: str) -> None:
@@ -149,8 +189,9 @@ def fetch_data(uv: Path, name: str) -> None:
     wanted = digest([DATA[name]])
     if stamp.exists() and stamp.read_text() == wanted:
         return
+    shutil.rmtree(home, ignore_errors=True)  # of an earlier pin nothing may stay
     install = [str(uv), "pip", "install", "-q", "--no-deps", "--target", str(home), "-r", str(DATA[name])]
-    subprocess.run([*install, "--python", sys.executable], check=True, env=uv_environment())
+    run(f"fetching {name}", [*install, "--python", sys.executable], NETWORK, env=uv_environment())
     stamp.write_text(wanted)
 
 
@@ -166,9 +207,8 @@ def lock_all(uv: Path) -> None:
     for options, target in jobs:
         print(f"locking {target.relative_to(ROOT)}", flush=True)
         source = [] if "--group" in options else ["pyproject.toml"]
-        out = subprocess.run(
-            [*common, *options, *source], check=True, env=env, cwd=ROOT, capture_output=True, text=True
-        )
+        argv = [*common, *options, *source]
+        out = run(f"locking {target.name}", argv, NETWORK, env=env, cwd=ROOT, capture_output=True)
         lines = [
             line for line in out.stdout.splitlines() if not line.startswith((*CUDA, *(f"{n}==" for n in NOT_LOCKED)))
         ]
@@ -187,4 +227,9 @@ def pyproject_pins() -> list[str]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except Failed as e:
+        raise SystemExit(f"error: {e}") from None
+    except OSError as e:
+        raise SystemExit(f"error: {e.filename or VENVS}: {e.strerror}\n  → may it be written?") from None
