@@ -250,8 +250,9 @@ def _minute_of_day(clock: pd.Series) -> pd.Series:
 
 
 def _minutes(count: pd.Series) -> pd.Series:
-    minutes: pd.Series = pd.to_timedelta(count, unit="min")
-    return minutes
+    # pandas rounds what lies in memory where a NaN is, and may warn of an overflow there: give it none.
+    minutes: pd.Series = pd.to_timedelta(count.fillna(0), unit="min")
+    return minutes.where(count.notna())
 
 
 def _table(columns: Mapping[str, object]) -> pa.Table:
