@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from orrery.errors import SpecError, UserError
-from orrery.store import Store
+from orrery.store import Store, trouble
 
 MAX_BYTES = 20 << 20
 # Documents for people change no result, so they change no digest; caches are nobody's code.
@@ -64,11 +64,18 @@ def _pack(folder: Path, names: list[str]) -> Bundle:
     h, buffer = hashlib.sha256(), io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for name in names:
-            data = (folder / name).read_bytes()
+            with trouble(str(folder / name)):
+                data = (folder / name).read_bytes()
             h.update(f"{name}\0{hashlib.sha256(data).hexdigest()}\n".encode())
             info = tarfile.TarInfo(name)
             info.size, info.mode = len(data), 0o644
-            tar.addfile(info, io.BytesIO(data))
+            try:
+                tar.addfile(info, io.BytesIO(data))
+            except ValueError as e:
+                raise SpecError(
+                    f"{folder / name}: {e}",
+                    hint="below the project's folder a file's name may have 100 characters, its folders 155",
+                ) from None
     return Bundle(h.hexdigest(), buffer.getvalue())
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from orrery import platform, spec, yamlfile
-from orrery.errors import OrreryError, SpecError, nearest
+from orrery.errors import OrreryError, SpecError, TryAgain, nearest
 from orrery.plan import Planner, Request
 from orrery.runner import LocalProcess, interpreter, run
 from orrery.spec import METRICS, Bound, Checks, Disparity, KnowledgeBaseSpec, ModelSpec, Spec
@@ -53,7 +53,7 @@ def report(project: str, console: Console) -> bool:
         console.print(f"[green]✓[/] {project}: {declared.task}, {train.window} {declared.grain}s on {train.compute}")
         for line in _describe(found):
             console.print(f"    {escape(line)}")
-        for line in feature_changes(project):
+        for line in _changes(project):
             console.print(f"    [yellow]{escape(line)}[/]")
         return True
     except OrreryError as e:
@@ -61,6 +61,16 @@ def report(project: str, console: Console) -> bool:
         for line in str(e).splitlines():
             console.print(f"    {escape(line)}")
         return False
+
+
+def _changes(project: str) -> list[str]:
+    """Return how the features differ, or why that cannot be told: that is no fault of the project's."""
+    try:
+        return feature_changes(project)
+    except OrreryError as e:
+        if "config" in e.details and not isinstance(e, TryAgain):
+            raise  # the step itself has failed: on real rows, the project's code does not do
+        return [f"what has changed in the features cannot be told: {e.message}"]
 
 
 def inspect(project: str, declared: ModelSpec) -> dict[str, Any]:

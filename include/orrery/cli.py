@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from orrery.errors import OrreryError
 
 
 def main() -> None:
@@ -16,20 +20,42 @@ def main() -> None:
 
         follow_parent()
         raise SystemExit(step(sys.argv[2:], started))
-    from orrery import errors
     from orrery.commands import app
+    from orrery.errors import OrreryError
 
     try:
         app()
-    except errors.OrreryError as e:
-        from rich.console import Console
-        from rich.markup import escape
+    except OrreryError as e:
+        raise SystemExit(_tell(e)) from None
+    except OSError as e:
+        raise SystemExit(_tell(_explained(e))) from None
 
-        console = Console(stderr=True, soft_wrap=True, highlight=False)
-        console.print(f"[bold red]error:[/] {escape(e.message)}")
-        if e.hint:
-            console.print(f"  → {escape(e.hint)}")
-        raise SystemExit(e.exit_code) from None
+
+def _tell(error: OrreryError) -> int:
+    """Print an error as people read it; return the exit code."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(f"[bold red]error:[/] {escape(error.message)}")
+    if error.hint:
+        console.print(f"  → {escape(error.hint)}")
+    return error.exit_code
+
+
+def _explained(error: OSError) -> OrreryError:
+    """Return what a file system's refusal means for the person: a folder not writable, a file not readable."""
+    from orrery.errors import OrreryError, UserError
+    from orrery.store import trouble
+
+    where = str(error.filename or "the file system")
+    try:
+        with trouble(where):
+            raise error
+    except OrreryError as e:
+        return e
+    except FileNotFoundError:
+        return UserError(f"{where}: there is no such file or folder")
 
 
 def _process_start() -> float:

@@ -261,10 +261,14 @@ def reproduce(
     from orrery import reproducing
 
     planner = Planner(project)
+
+    def say(line: str) -> None:
+        out.print(f"[yellow]note:[/] {escape(line)}")
+
     if "/" in what:
-        show("again", what, reproducing.attempt(planner, what))
+        show("again", what, reproducing.attempt(planner, what, say))
         return
-    was, now = reproducing.version(planner, what)
+    was, now = reproducing.version(planner, what, say)
     if was != now:
         raise UserError(
             f"version {what} has weights {was[:16]}, the retrained ones are {now[:16]}",
@@ -308,7 +312,8 @@ def airflow(context: typer.Context) -> None:
     from orrery.servers import airflow_environment
 
     program = venvs() / "airflow" / "bin" / "airflow"
-    os.execve(program, ["airflow", *context.args], {**os.environ, **airflow_environment(platform.home())})
+    env = {**os.environ, **airflow_environment(platform.home())}
+    os.execve(program, ["airflow", *context.args], env)  # noqa: S606  our own environment's program, no shell wanted
 
 
 @app.command(hidden=True)

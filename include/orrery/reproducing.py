@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 
 from pydantic import ValidationError
 
-from orrery import bundle, fingerprint
+from orrery import bundle, fingerprint, platform
 from orrery.contract import VERBS, Result, StepConfig
 from orrery.errors import RequestError, UserError, nearest
 from orrery.plan import Plan, Planner
@@ -14,8 +15,10 @@ from orrery.runner import LocalProcess, prepare, raise_for, read_result
 from orrery.store import Manifest
 
 
-def _again(planner: Planner, recorded: StepConfig) -> Result:
+def _again(planner: Planner, recorded: StepConfig, say: Callable[[str], None]) -> Result:
     """Run a recorded config in a folder and at an address of its own: what is committed stays as it is."""
+    for line in differences(recorded):
+        say(line)
     mark = f"reproduce-{secrets.token_hex(4)}"
     address = fingerprint.digest({**recorded.fingerprint, "again": mark})[:32] if recorded.address else None
     config = recorded.model_copy(
@@ -38,14 +41,31 @@ def _again(planner: Planner, recorded: StepConfig) -> Result:
     return result
 
 
-def attempt(planner: Planner, folder: str) -> Result:
-    """Repeat the attempt whose config lies in `folder` of the store. Raises what the step raises."""
+def differences(recorded: StepConfig) -> list[str]:
+    """Return what is not as it was: the project's code travels with the attempt, the engine's and the pins do not."""
+    verb, was = VERBS[recorded.verb], recorded.fingerprint
+    now = {
+        "code": (fingerprint.code(verb.module), f"the code of {verb.name}"),
+        "environment": (fingerprint.pins(platform.home(), verb.environment), f"environment {verb.environment}"),
+    }
+    return [
+        f"{name} has changed since ({was[part][:12]} then, {value[:12]} now): the outcome may differ"
+        for part, (value, name) in now.items()
+        if part in was and was[part] != value
+    ]
+
+
+def attempt(planner: Planner, folder: str, say: Callable[[str], None]) -> Result:
+    """Repeat the attempt whose config lies in `folder` of the store. Raises what the step raises.
+
+    `say` is told what is not as it was.
+    """
     config = _recorded(planner, f"{folder.strip('/').removesuffix('/config.json')}/config.json")
     if config.project != planner.project:
         raise RequestError(f"that attempt is of project {config.project!r}, not {planner.project!r}")
     if VERBS[config.verb].effect:
         raise RequestError(f"{config.verb} changes the registry: run it again, do not reproduce it")
-    return _again(planner, config)
+    return _again(planner, config, say)
 
 
 def _recorded(planner: Planner, path: str) -> StepConfig:
@@ -65,7 +85,7 @@ def _recorded(planner: Planner, path: str) -> StepConfig:
     return config
 
 
-def version(planner: Planner, number: str) -> tuple[str, str]:
+def version(planner: Planner, number: str, say: Callable[[str], None]) -> tuple[str, str]:
     """Retrain a registered version; return the weights digests recorded and found now (64 hex digits each)."""
     versions = planner.ledger.registered(planner.project)
     if number not in versions:
@@ -74,5 +94,5 @@ def version(planner: Planner, number: str) -> tuple[str, str]:
     if manifest is None:
         raise UserError(f"the model of version {number} is gone from {planner.store.uri}")
     config = _recorded(planner, f"{manifest.attempt}/config.json")
-    result = _again(planner, config)
+    result = _again(planner, config, say)
     return str(manifest.facts["weights_digest"]), str(result.facts["weights_digest"])

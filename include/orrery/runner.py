@@ -4,13 +4,16 @@ line both come through here, so they cannot differ.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +26,7 @@ from orrery.errors import Interrupted, OrreryError, TryAgain, UserError
 from orrery.lease import Lease
 from orrery.ledger import Entry, Kind, unfinished
 from orrery.plan import Plan, Planner, Request, safe_name
-from orrery.store import Store
+from orrery.store import Store, trouble
 
 # What a step may not see: the orchestrator's own secrets and addresses.
 WITHHELD_PREFIXES = ("AIRFLOW_", "_AIRFLOW")
@@ -34,6 +37,7 @@ WITHHELD = frozenset({"PYTHONPATH", "PYTHONSTARTUP", "VIRTUAL_ENV", "__PYVENV_LA
 # What changes the champion, and what the ledger calls it.
 CHANGES: dict[str, Kind] = {"promote": "promotion", "rollback": "rollback"}
 GRACE_S = 4.0  # below the 5 s after which Airflow's supervisor kills the worker
+LONGEST_TMP = 50  # characters of var/tmp's path; see _scratch
 LEFTOVER_S = 1.0  # what a step that has ended left running may take to end by itself
 
 
@@ -100,7 +104,12 @@ class LocalProcess:
         argv += ["--config", f"{config.store}/{config.folder}/config.json"]
         argv += ["--result", f"{config.store}/{config.folder}/result.json"]
         logs = self.logs if self.on_line else "text"
-        env = step_environment({**_source_secrets(config), **plan.environment, "ORRERY_LOG": logs})
+        with _scratch() as folder:
+            places = {"TMPDIR": str(folder), "ORRERY_CACHE": str(_cache())}
+            env = step_environment({**_source_secrets(config), **plan.environment, **places, "ORRERY_LOG": logs})
+            return self._run(argv, env)
+
+    def _run(self, argv: list[str], env: dict[str, str]) -> int:
         piped = subprocess.PIPE if self.on_line else None
         self._process = subprocess.Popen(
             argv, env=env, stdin=subprocess.DEVNULL, stdout=piped, stderr=subprocess.STDOUT if piped else None,
@@ -131,6 +140,44 @@ class LocalProcess:
             _signal_session(process.pid, signal.SIGKILL)
             watch.join()
         process.wait()
+
+
+def _cache() -> Path:
+    """Return the folder of what steps keep for each other: `ORRERY_CACHE`, or var/cache."""
+    return Path(os.environ.get("ORRERY_CACHE") or platform.home() / "var" / "cache")
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[Path]:
+    """Make a step's own temporary folder; remove it when the step has ended, however: killed, it cannot itself.
+
+    It lies under var/tmp, with all other state; where that makes a long path, in the system's, since the
+    sockets that libraries put there may have 107 characters. Its name begins with the number of this process,
+    so that the next one removes what a killed one left.
+    """
+    home = platform.home() / "var" / "tmp"
+    with trouble(str(home)):
+        home.mkdir(parents=True, exist_ok=True)
+        for left in home.iterdir():
+            if not _runs(left.name.partition("-")[0]):
+                shutil.rmtree(left, ignore_errors=True)
+        parent = home if len(str(home)) <= LONGEST_TMP else None
+        folder = tempfile.mkdtemp(prefix=f"{os.getpid()}-" if parent else "orrery-", dir=parent)
+    try:
+        yield Path(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _runs(pid: str) -> bool:
+    """Tell whether a process is there; what is no number says nothing, and is taken for one that is."""
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OSError):
+        return True
+    return True
 
 
 def _end_leftovers(pid: int) -> None:
@@ -249,7 +296,14 @@ def raise_for(plan: Plan, result: Result) -> None:
         "links": result.links,
         "config": f"{plan.config.folder}/config.json",
     }
-    raise kind(result.error.message, hint=result.error.hint, details=details)
+    raise kind(
+        result.error.message, hint="\n  → ".join(filter(None, (result.error.hint, _repeat(plan)))), details=details
+    )
+
+
+def _repeat(plan: Plan) -> str:
+    """Return how an attempt is repeated as it was; an effect is not repeated but run again."""
+    return "" if plan.verb.effect else f"to repeat it: orrery reproduce {plan.config.project} {plan.config.folder}"
 
 
 def _promotion(planner: Planner, request: Request, plan: Plan) -> dict[str, Any]:

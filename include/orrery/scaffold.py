@@ -19,6 +19,8 @@ from orrery.spec import KINDS, NAME, PRIMARY
 from orrery.store import trouble
 
 TAKEN = ("rows", "derive", "view", "calendar", "pa", "pc")
+# What ingest reads (`data.files`, which needs pyarrow), the longest first.
+ENDINGS = (".parquet", ".csv.gz", ".csv", ".pq")
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
@@ -91,8 +93,7 @@ def _spec(sources: dict[str, str], task: str, owner: str, label: str, checks: di
         "task": task,
         "label": {"column": _name(label), "delay": "1d"},
         "sources": {
-            n: {"uri": f"${{data}}/{n}/{{partition}}{Path(uri).suffix or '.parquet'}", "partition": "month"}
-            for n, uri in sources.items()
+            n: {"uri": f"${{data}}/{n}/{{partition}}{_ending(uri)}", "partition": "month"} for n, uri in sources.items()
         },
         "checks": checks,
         "train": {"window": 3, "compute": "cpu-small"},
@@ -101,6 +102,12 @@ def _spec(sources: dict[str, str], task: str, owner: str, label: str, checks: di
     head = "# The fields and what they mean: `orrery check --schema`."
     head += " Bounds were drafted from data: read them.\n" if drafted else "\n"
     return head + str(yaml.safe_dump(document, sort_keys=False, width=110, default_flow_style=None))
+
+
+def _ending(uri: str) -> str:
+    """Return how the files of a source end, in the sample's own spelling."""
+    known = next((e for e in ENDINGS if uri.lower().endswith(e)), "")
+    return uri[-len(known) :] if known else ".parquet"
 
 
 def _name(column: str) -> str:

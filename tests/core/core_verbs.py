@@ -73,6 +73,8 @@ def _write(work: Work, params: ProbeParams) -> Result:
 
 
 def mode_done(work: Work, params: ProbeParams) -> Result:
+    if work.store.exists("no-probe"):
+        raise UserError("it may not be probed")
     return _write(work, params)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from core_house import SPEC, House
 
-from orrery import cli, commands, scaffold, spec, yamlfile
+from orrery import checking, cli, commands, scaffold, spec, yamlfile
 from orrery.errors import RequestError, UserError
 from orrery.ledger import Ledger
 from orrery.spec import KnowledgeBaseSpec, ModelSpec
@@ -245,11 +245,80 @@ def test_reproduce_repeats_an_attempt_and_leaves_what_counts_alone(orrery, house
     assert len(house.manifests()) == 2
     assert {m.digest for m in house.manifests()} == {before.digest}
     assert house.store.latest_manifest("delays", "probed", "2013-01") == before
+    assert "note:" not in text
+    (house.home / "docker" / "airflow" / "requirements.txt").write_text("numpy==3.0\n")
     (house.folder / "features.py").write_text("ANSWER = 1\n")
+    code, text = orrery("reproduce", "delays", config.folder)
+    assert (code, "note: environment airflow has changed since" in text) == (0, True), text
+    assert "the code of" not in text
     assert orrery("reproduce", "delays", f"{config.folder}/config.json")[0] == 0
     Path(house.store.full(f"bundles/{config.bundle}.tar")).unlink()
     code, text = orrery("reproduce", "delays", config.folder)
     assert (code, "code of that time" in text) == (64, True)
+
+
+def test_a_failed_step_says_how_to_repeat_it(orrery, house: House) -> None:  # type: ignore[no-untyped-def]
+    """The command that is printed does what it says."""
+    house.store.put("no-probe", b"")
+    code, text = orrery("run", "delays", "probe", "--partition", "2013-01")
+    assert (code, "it may not be probed" in text) == (64, True), text
+    (command,) = [line.split("repeat it: orrery ")[1] for line in text.splitlines() if "repeat it: " in line]
+    assert command.startswith("reproduce delays delays/runs/cli--")
+    code, text = orrery(*command.split())
+    assert (code, "it may not be probed" in text) == (64, True), text
+    house.store.remove("no-probe")
+    assert orrery(*command.split())[0] == 0
+
+
+def test_what_the_file_system_refuses_is_told(orrery, house: House, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """Wherever it happens: an unreadable file, a folder that may not be written."""
+    for error, code, part in (
+        (PermissionError(13, "Permission denied", "/srv/var/run"), 64, "/srv/var/run: Permission denied"),
+        (OSError(30, "Read-only file system", "/srv/x"), 64, "/srv/x: the file system is read-only"),
+        (OSError(28, "No space left on device", "/srv/x"), 75, "/srv/x: no space left"),
+        (FileNotFoundError(2, "No such file or directory", "/srv/x"), 64, "/srv/x: there is no such file"),
+    ):
+
+        def refuse(*args: object, error: OSError = error) -> None:
+            raise error
+
+        monkeypatch.setattr("orrery.servers.down", refuse)
+        got, text = orrery("down")
+        assert (got, part in text) == (code, True), text
+
+
+def test_a_path_too_long_to_pack_is_told(orrery, house: House) -> None:  # type: ignore[no-untyped-def]
+    long = house.folder / ("x" * 120 + ".py")
+    long.write_text("")
+    code, text = orrery("run", "delays", "probe", "--partition", "2013-01")
+    assert (code, "name is too long" in text, long.name in text) == (64, True, True), text
+
+
+def test_a_sound_project_stays_sound_when_its_data_are_stale_or_away(  # type: ignore[no-untyped-def]
+    orrery, house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"features": {"rows": "flights", "views": []}, "model": {"kind": "fit", "params": {}}}
+    monkeypatch.setattr(checking, "inspect", lambda *a: found)
+    raw = house.commit("ingest", "raw", "2013-01")
+    clean = house.commit("validate", "clean", "2013-01", inputs={"raw": (raw.ref,)})
+    house.commit("materialize", "features", "2013-01", inputs={"clean": (clean.ref,)})
+    house.commit("ingest", "raw", "2013-01", text="again")
+    code, text = orrery("check", "delays")
+    assert (code, "✓ delays" in text, "✗" in text) == (0, True, False), text
+    assert "cannot be told: clean of 2013-01 was made from raw data that landed again" in text
+    # But a step that fails on real rows is the project's own fault.
+    wrong = UserError("features.py: no", details={"config": "x"})
+    monkeypatch.setattr(checking, "feature_changes", lambda project: (_ for _ in ()).throw(wrong))
+    code, text = orrery("check", "delays")
+    assert (code, "✗ delays" in text) == (64, True), text
+
+
+@pytest.mark.parametrize(
+    ("uri", "ending"),
+    [("a/b.csv.gz", ".csv.gz"), ("a/b.CSV", ".CSV"), ("a.b.parquet", ".parquet"), ("x.pq", ".pq"), ("x", ".parquet")],
+)
+def test_a_new_source_ends_as_its_sample_does(uri: str, ending: str) -> None:
+    assert scaffold._ending(uri) == ending
 
 
 def test_check_prints_the_schema(orrery) -> None:  # type: ignore[no-untyped-def]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from core_house import House, ended
@@ -127,7 +130,7 @@ def worker_and_step(house: House, mode: str) -> tuple[subprocess.Popen[bytes], i
     """Start a worker that carries one `probe`; return it and the step's process number once the verb has begun."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import core_verbs; core_verbs.register()\n"
-        "from orrery.plan import Planner, Request; from orrery import runner\n"
+        "from orrery.plan import Planner, Request; from orrery import runner; runner.LONGEST_TMP = 500\n"
         "options = {'mode': sys.argv[3], 'marks': sys.argv[2]}\n"
         "request = Request('delays', 'probe', ('2013-01',), 'run-1', 'probe', options=options)\n"
         "runner.run(Planner('delays'), request, runner.LocalProcess(on_line=lambda line: None))\n"
@@ -164,6 +167,46 @@ def test_down_finds_a_step_that_outlived_its_worker_and_heeds_no_sigterm(
     gone(step)
 
 
+@pytest.mark.parametrize("mode", ["environment", "vanish", "bug"])
+@pytest.mark.parametrize("longest", [500, 10])
+def test_a_steps_temporary_files_end_with_it(
+    house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: str, longest: int
+) -> None:
+    """However it ended. A path too long for a socket gives way to the system's own folder."""
+    monkeypatch.setattr(runner, "LONGEST_TMP", longest)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("ORRERY_CACHE", raising=False)
+    seen: list[dict[str, str]] = []
+    start = subprocess.Popen
+
+    def popen(*args: Any, **kwargs: Any) -> subprocess.Popen[str]:
+        seen.append(kwargs["env"])
+        (Path(kwargs["env"]["TMPDIR"]) / "left").write_text("by a step that was killed")
+        return start(*args, **kwargs)
+
+    monkeypatch.setattr(runner.subprocess, "Popen", popen)
+    with contextlib.suppress(StepFailed):
+        go(house, mode=mode)
+    (env,) = seen
+    folder = Path(env["TMPDIR"])
+    assert folder.parent == (house.home / "var" / "tmp" if longest == 500 else tmp_path)
+    assert not folder.exists()
+    assert env["ORRERY_CACHE"] == str(house.home / "var" / "cache")
+
+
+def test_what_a_killed_worker_left_is_removed_by_the_next(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "LONGEST_TMP", 500)
+    worker, step = worker_and_step(house, "wait")
+    (mine,) = (house.home / "var" / "tmp").iterdir()
+    with runner._scratch():
+        assert mine.exists()  # a worker that is alive keeps its own
+    worker.kill()
+    worker.wait()
+    gone(step)
+    with runner._scratch() as folder:
+        assert list(folder.parent.iterdir()) == [folder]
+
+
 def test_an_environment_that_is_not_there(house: House) -> None:
     with pytest.raises(UserError, match="environment 'ml' is not there.*\n.*docker/venv.py ml"):
         runner.interpreter("ml")
@@ -186,6 +229,7 @@ def test_how_a_step_ended_is_raised_and_recorded(house: House, mode: str, kind: 
         go(house, forked(house), mode=mode) if mode != "vanish" else go(house, vanishing(house))
     assert type(e.value) is kind
     assert e.value.details["config"] == "delays/runs/run-1/probe-2013-01/1/config.json"  # type: ignore[attr-defined]
+    assert e.value.hint.endswith("to repeat it: orrery reproduce delays delays/runs/run-1/probe-2013-01/1")  # type: ignore[attr-defined]
     (entry,) = book().find("delays", "run")
     assert entry.actor == "eve"
     assert entry.payload["attempt"] == "delays/runs/run-1/probe-2013-01/1"
