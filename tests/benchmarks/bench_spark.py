@@ -4,9 +4,10 @@
 
 A million rows like the flights', the real flight model (weights not trained, exported in the ml environment), two
 local cores. All jobs run in one Spark session with Spark's own JVM compiler settings, do the whole job (Parquet in,
-Parquet out), cache their ONNX session per worker, are warmed first, and must agree on every prediction. `score` also
-reads back, reconciles and commits. The row-wise udfs get a twentieth of the rows, since they would take minutes.
-What is compared is rows per second, the best of three rounds.
+Parquet out) on the same million rows, cache their ONNX session per worker, are warmed first, and must agree on every
+prediction. `score` also reads back, reconciles and commits. The rivals read one file of equal size per core, so that
+each core has the same share (asserted): Spark would cut a single file into unequal parts. What is compared is rows per
+second, the best of three rounds.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from orrery.training.schema import Schema
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ML = Path(os.environ.get("ORRERY_VENVS", ROOT / ".venvs")) / "ml" / "bin" / "python"
-ROWS, FEW, WARM = 1_000_000, 50_000, 4_000
+ROWS, WARM = 1_000_000, 4_000
 CORES, ROUNDS = 2, 3
 VIEWS = {
     "weather": ("humid", "wind_speed", "wind_gust", "precip", "visib", "pressure"),
@@ -65,6 +66,7 @@ CONF = {
     "spark.sql.codegen.factoryMode": "FALLBACK",
     "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=4",
     "spark.driver.memory": "3g",
+    "spark.sql.files.maxPartitionBytes": "1g",  # a file is never cut: one task per file, one file per core
 }
 # Run in the ml environment: argv = schema.json, model.onnx, the project's folder.
 EXPORT = """
@@ -111,6 +113,14 @@ def rows_like_flights(rows: int) -> pa.Table:
     return pa.table(columns)
 
 
+def write_shares(table: pa.Table, folder: Path) -> None:
+    """Write a table as one file per core, all with the same number of rows."""
+    folder.mkdir()
+    rows = table.num_rows // CORES
+    for core in range(CORES):
+        write_parquet(table.slice(core * rows, rows), folder / f"share-{core}.parquet")
+
+
 # What `parts.open_model` takes, and keeps for the life of a worker: store, path, digest.
 Model = tuple[str, str, str]
 
@@ -121,10 +131,10 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.folder, self.store = folder, Store(f"file://{folder}/store")
         table = rows_like_flights(ROWS)
-        self.whole, self.few, self.warm = (folder / f"{n}.parquet" for n in ("whole", "few", "warm"))
+        self.whole, self.shares, self.warm = folder / "whole.parquet", folder / "shares", folder / "warm"
         write_parquet(table, self.whole)
-        pq.write_table(table.slice(0, FEW), self.few, compression="zstd", row_group_size=FEW // 8)
-        write_parquet(table.slice(0, WARM), self.warm)
+        write_shares(table, self.shares)
+        write_shares(table.slice(0, WARM), self.warm)
         schema, model = folder / "schema.json", folder / "model.onnx"
         schema.write_text(SCHEMA.model_dump_json())
         project = ROOT / "include" / "projects" / "flight_delay"
@@ -289,35 +299,43 @@ def run() -> list[dict[str, Any]]:
         shutil.rmtree(folder)
 
 
+def refuse_unequal(spark: Any, source: Path, rows: int) -> None:
+    """Raise unless Spark gives every core one task, with the same number of rows."""
+    from pyspark.sql import functions as f
+
+    found = spark.read.parquet(str(source)).groupBy(f.spark_partition_id()).count().collect()
+    assert sorted(r["count"] for r in found) == [rows // CORES] * CORES, found
+
+
 def _compare(bench: Bench, spark: Any, hand: Callable[[], None], alone: Callable[[], None]) -> list[dict[str, Any]]:
-    few = f", on {FEW:,} of the rows"
     udfs = {
-        "spark_vs_row_udf": (FEW, row_udf(bench.model, arrow=False), f"udf(useArrow=False){few}"),
-        "spark_vs_arrow_udf": (FEW, row_udf(bench.model, arrow=True), f"udf(useArrow=True), Spark's default{few}"),
-        "spark_vs_pandas_udf": (ROWS, pandas_udf(bench.model), "pandas_udf"),
-        "spark_vs_rows_through_spark": (ROWS, map_in_arrow(bench.model), "mapInArrow on Spark's own Parquet"),
+        "spark_vs_row_udf": (row_udf(bench.model, arrow=False), "udf(useArrow=False): plain, pickled"),
+        "spark_vs_arrow_udf": (row_udf(bench.model, arrow=True), "udf(useArrow=True), Spark's default"),
+        "spark_vs_pandas_udf": (pandas_udf(bench.model), "pandas_udf"),
+        "spark_vs_rows_through_spark": (map_in_arrow(bench.model), "mapInArrow on Spark's own Parquet"),
     }
     others = {
-        "spark_vs_onnxruntime": (hand, f"onnxruntime by hand, {CORES} processes, Parquet in and out"),
-        "spark_vs_onnxruntime_memory": (alone, f"onnxruntime's run() alone, {CORES} threads, arrays in memory"),
+        "spark_vs_by_hand": (hand, f"onnxruntime by hand, {CORES} processes, Parquet in and out"),
+        "spark_vs_onnxruntime": (alone, f"bare onnxruntime: run() alone, {CORES} threads, arrays in memory"),
     }
-    jobs: dict[str, tuple[int, Callable[[], Any]]] = {"score": (ROWS, bench.score)}
-    for name, (rows, add, _) in udfs.items():
+    jobs: dict[str, Callable[[], Any]] = {"score": bench.score}
+    refuse_unequal(spark, bench.shares, ROWS)
+    for name, (add, _) in udfs.items():
         bench.spark_job(spark, bench.warm, add)
-        jobs[name] = (rows, partial(bench.spark_job, spark, bench.few if rows == FEW else bench.whole, add))
-    jobs |= {name: (ROWS, job) for name, (job, _) in others.items()}
+        jobs[name] = partial(bench.spark_job, spark, bench.shares, add)
+    jobs |= {name: job for name, (job, _) in others.items()}
     ours = predictions(bench.score())
     hand()
     agree(ours, predictions(bench.folder / "hand"), ROWS)
     speed = dict.fromkeys(jobs, 0.0)
     for _ in range(ROUNDS):  # in turn, so that what else the machine does meets all alike
-        for name, (rows, job) in jobs.items():
+        for name, job in jobs.items():
             began = time.perf_counter()
             job()
-            speed[name] = max(speed[name], rows / (time.perf_counter() - began))
+            speed[name] = max(speed[name], ROWS / (time.perf_counter() - began))
             if name in udfs:
-                agree(ours, predictions(bench.folder / "out"), rows)
-    texts = {name: what for name, (_, _, what) in udfs.items()} | {name: what for name, (_, what) in others.items()}
+                agree(ours, predictions(bench.folder / "out"), ROWS)
+    texts = {name: what for name, (_, what) in (udfs | others).items()}
     return [
         _row(name, speed["score"], f"{what}: {speed[name]:,.0f} rows/s", speed[name]) for name, what in texts.items()
     ]

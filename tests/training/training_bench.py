@@ -28,6 +28,7 @@ task: {task}
 label: {{column: late}}
 sources:
   trips: {{uri: "${{data}}/{{partition}}.parquet", partition: month}}
+gate: {gate}
 """
 
 # A small torch model: one embedding per category beside the numbers.
@@ -86,10 +87,10 @@ class Bench:
     def __post_init__(self) -> None:
         self.store = Store(f"file://{self.root / 'store'}")
 
-    def write_project(self, model: str, task: str = "binary") -> None:
+    def write_project(self, model: str, task: str = "binary", gate: str = "{}") -> None:
         folder = self.root / "project"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "spec.yaml").write_text(SPEC.format(task=task))
+        (folder / "spec.yaml").write_text(SPEC.format(task=task, gate=gate))
         (folder / "model.py").write_text(model)
         packed = bundle.pack(folder)
         bundle.push(self.store, packed)
@@ -109,28 +110,46 @@ class Bench:
         assert self.store.put_if_absent(manifest.path, manifest.model_dump_json().encode())
         self.refs.append(manifest.ref)
 
-    def config(self, address: str, sample: float = 1.0, **params: Any) -> StepConfig:
+    def config(self, address: str, sample: float = 1.0, verb: str = "train", inputs: dict[str, tuple[Ref, ...]]
+               | None = None, **params: Any) -> StepConfig:  # fmt: skip
         return StepConfig(
             project=self.project,
-            verb="train",
+            verb=verb,
             key=f"{self.refs[0].key}..{self.refs[-1].key}",
             partitions=tuple(r.key for r in self.refs),
             sample=sample,
             params=params,
-            inputs={"features": tuple(self.refs)},
+            inputs={"features": tuple(self.refs)} if inputs is None else inputs,
             store=self.store.uri,
             bundle=self.digest,
             address=address,
             run="test",
-            task="train",
+            task=verb,
             folder=f"{self.project}/runs/test/{address}/1",
         )
 
     def train(self, address: str, **options: Any) -> Run:
         """Run the verb in this process; training itself forks."""
-        scratch = self.root / f"scratch-{address}"
+        return self._read(self._execute(self.config(address, **options)))
+
+    def release(self, candidate: Run, champion: Run | None = None, address: str = "judged") -> Result:
+        """Evaluate a candidate on the window's holdout and let the gate decide, both as the engine runs them."""
+        inputs = {"features": tuple(self.refs), "candidate": (self._ref(candidate.result),)}
+        if champion is not None:
+            inputs["champion"] = (self._ref(champion.result),)
+        evaluated = self._execute(self.config(f"{address}-e", verb="evaluate", inputs=inputs, draws=300))
+        gate = {"evaluation": (self._ref(evaluated),)}
+        return self._execute(self.config(f"{address}-g", verb="gate", inputs=gate))
+
+    def _execute(self, config: StepConfig) -> Result:
+        scratch = self.root / f"scratch-{config.address}"
         scratch.mkdir()
-        return self._read(execute(self.config(address, **options), self.store, scratch, {}))
+        return execute(config, self.store, scratch, {})
+
+    def _ref(self, result: Result) -> Ref:
+        manifest = self.store.manifest(str(result.output))
+        assert manifest is not None
+        return manifest.ref
 
     def train_apart(self, address: str, **options: Any) -> Run:
         """Run the verb as the engine does: `orrery step` in a process of its own."""
