@@ -22,7 +22,7 @@ environments:
 	@$(PYTHON) docker/venv.py airflow ml spark
 
 test-environments:
-	@$(PYTHON) docker/venv.py --test airflow ml spark dev
+	@$(PYTHON) docker/venv.py --test airflow ml spark dev upstream
 
 demo: environments ## Real flights through the whole loop in Airflow: land, train, promote, score
 	@$(PYTHON) docker/venv.py upstream
@@ -40,7 +40,7 @@ status: ## Say what runs, where, and how to log in
 test: test-environments ## Lint, types, architecture, and all tests
 	@$(VENVS)/dev/bin/python tests/run.py
 
-test-faults: test-environments ## The same with long fault counts
+test-faults: test-environments ## Only the fault tests, with long counts
 	@ORRERY_FAULT_KILLS=$${ORRERY_FAULT_KILLS:-60} $(VENVS)/dev/bin/python tests/run.py --only faults
 
 check: environments ## Check every project: spec, features.py, model.py

@@ -45,7 +45,7 @@ class Run:
     partition_key: str | None = None
     conf: Mapping[str, Any] = field(default_factory=dict)
     started: datetime | None = None
-    ended: datetime | None = None
+    note: str | None = None
 
     @property
     def done(self) -> bool:
@@ -69,7 +69,6 @@ class Task:
     map_index: int = -1
     seconds: float | None = None
     started: datetime | None = None
-    ended: datetime | None = None
 
 
 class AirflowApi:
@@ -126,14 +125,6 @@ class AirflowApi:
                 raise TryAgain(f"Airflow has not read these Dags within {timeout:.0f} s: {', '.join(missing)}")
             time.sleep(1)
 
-    def set_paused(self, dag_id: str, paused: bool) -> None:
-        """Pause or unpause a Dag. A triggered run of a paused Dag waits until it is unpaused."""
-        self._call("PATCH", f"dags/{_part(dag_id)}", json={"is_paused": paused})
-
-    def unpause(self, dag_id: str) -> None:
-        """Let a Dag's runs run."""
-        self.set_paused(dag_id, False)
-
     # runs
 
     def trigger(
@@ -143,11 +134,10 @@ class AirflowApi:
         *,
         partition_key: str | None = None,
         run_id: str | None = None,
-        note: str | None = None,
     ) -> Run:
         """Start a run. A partition key is refused by a Dag whose timetable knows no partitions."""
         body: dict[str, Any] = {"logical_date": None, "conf": dict(conf or {})}
-        given = {"partition_key": partition_key, "dag_run_id": run_id, "note": note}
+        given = {"partition_key": partition_key, "dag_run_id": run_id}
         body |= {name: value for name, value in given.items() if value is not None}
         return _run(self._call("POST", f"dags/{_part(dag_id)}/dagRuns", json=body))
 
@@ -155,13 +145,11 @@ class AirflowApi:
         """Return one run as it is now."""
         return _run(self._call("GET", _path(dag_id, run_id)))
 
-    def runs(self, dag_id: str = "~", *, partition_key: str | None = None, state: str | None = None) -> list[Run]:
+    def runs(self, dag_id: str = "~", *, partition_key: str | None = None) -> list[Run]:
         """Return the runs of a Dag (`~`: of all Dags), the newest first."""
         query: dict[str, str] = {"order_by": "-run_after"}
         if partition_key is not None:
             query["partition_key_prefix_pattern"] = partition_key
-        if state is not None:
-            query["state"] = state
         found = (_run(item) for item in self._pages(f"dags/{_part(dag_id)}/dagRuns", "dag_runs", query))
         return [run for run in found if partition_key is None or run.partition_key == partition_key]
 
@@ -201,7 +189,6 @@ class AirflowApi:
                 map_index=item["map_index"],
                 seconds=item["duration"],
                 started=_time(item["start_date"]),
-                ended=_time(item["end_date"]),
             )
             for item in items
         ]
@@ -298,7 +285,8 @@ class AirflowApi:
             raise UserError(
                 f"Airflow at {self.url} refuses the password of {user}", hint="is it another home's Airflow?"
             )
-        raise OrreryError(f"Airflow at {self.url} gave no token to {user}: {response.status_code} {_text(response)}")
+        kind = TryAgain if response.is_server_error else OrreryError
+        raise kind(f"Airflow at {self.url} gave no token to {user}: {response.status_code} {_text(response)}")
 
 
 def _part(text: str) -> str:
@@ -322,7 +310,7 @@ def _run(item: Mapping[str, Any]) -> Run:
         partition_key=item["partition_key"],
         conf=item["conf"] or {},
         started=_time(item["start_date"]),
-        ended=_time(item["end_date"]),
+        note=item["note"],
     )
 
 
