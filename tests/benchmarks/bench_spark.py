@@ -315,8 +315,8 @@ def _compare(bench: Bench, spark: Any, hand: Callable[[], None], alone: Callable
         "spark_vs_rows_through_spark": (map_in_arrow(bench.model), "mapInArrow on Spark's own Parquet"),
     }
     others = {
-        "spark_vs_by_hand": (hand, f"onnxruntime by hand, {CORES} processes, Parquet in and out"),
-        "spark_vs_onnxruntime": (alone, f"bare onnxruntime: run() alone, {CORES} threads, arrays in memory"),
+        "spark_vs_onnxruntime": (hand, f"onnxruntime by hand, {CORES} processes, Parquet in and out"),
+        "spark_vs_onnxruntime_memory": (alone, f"onnxruntime's run() alone, {CORES} threads, arrays in memory"),
     }
     jobs: dict[str, Callable[[], Any]] = {"score": bench.score}
     refuse_unequal(spark, bench.shares, ROWS)
