@@ -26,7 +26,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from orrery import bundle, fingerprint, log
+from orrery import bundle, fingerprint, imports, log
 from orrery.contract import STATUS_OF_CODE, VERBS, Result, StepConfig, StepError, Verb
 from orrery.errors import BUG, DONE, INTERRUPTED, Interrupted, OrreryError, RequestError, TryAgain, UserError
 from orrery.lease import Lease
@@ -246,25 +246,18 @@ def execute(config: StepConfig, store: Store, scratch: Path, seconds: dict[str, 
     work = Work(config, store, scratch)
     if config.address and (found := work.committed()) is not None:
         return _again(work, found)
-    began = time.monotonic()
-    run: Callable[[Work, Any], Result] = importlib.import_module(verb.module).run
-    seconds["import"] = time.monotonic() - began
     if verb.effect:
-        result = run(work, params)
-        result.drop_not_finite()
-        seconds["work"] = time.monotonic() - began - seconds["import"]
-        return result
+        with _timed(seconds):
+            return _done(work, verb, params)
     slot = config.address or f"at-{config.key}"
     owner = f"{config.run}/{config.task}"
     with Lease(store, f"{config.project}/{config.verb}/{slot}/lease", owner, config.folder) as lease:
         work._lease = lease
         if config.address and (found := work.committed()) is not None:
             return _again(work, found)
-        began = time.monotonic()
         try:
-            result = run(work, params)
-            result.drop_not_finite()
-            seconds["work"] = time.monotonic() - began
+            with _timed(seconds):
+                result = _done(work, verb, params)
             began = time.monotonic()
             manifest = work.committed() or work.commit(result)
         except BaseException:
@@ -276,6 +269,23 @@ def execute(config: StepConfig, store: Store, scratch: Path, seconds: dict[str, 
         seconds["commit"] = time.monotonic() - began
     result.output, result.digest = manifest.path, manifest.digest
     return result
+
+
+def _done(work: Work, verb: Verb, params: Any) -> Result:
+    """Do the verb's work: whatever it imports, at its top or where it needs it, is imported here."""
+    run: Callable[[Work, Any], Result] = importlib.import_module(verb.module).run
+    result = run(work, params)
+    result.drop_not_finite()
+    return result
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float]) -> Iterator[None]:
+    """Tell imports from work."""
+    began, before = time.monotonic(), imports.spent()
+    yield
+    seconds["import"] = imports.spent() - before
+    seconds["work"] = time.monotonic() - began - seconds["import"]
 
 
 def _other(work: Work, manifest: Manifest, ours: Result) -> Result:
@@ -303,6 +313,7 @@ def main(argv: list[str], started: float) -> int:
     parser.add_argument("--config", required=True, metavar="URI", help="the attempt's config document")
     parser.add_argument("--result", required=True, metavar="URI", help="where the result document goes")
     args = parser.parse_args(argv)
+    imports.watch()
     log.configure()
     # onnxruntime uploads usage events unless told not to before it is imported; nobody asked our users.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
