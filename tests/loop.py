@@ -1,4 +1,4 @@
-"""The second project's whole loop through the command line, in a folder of its own: for projects/ and faults/."""
+"""A project's whole loop through the command line, in a folder of its own: for projects/ and faults/."""
 
 from __future__ import annotations
 
@@ -22,16 +22,23 @@ ORRERY = str(VENVS / "airflow" / "bin" / "orrery")
 class Loop:
     """One store, ledger and data folder, and the environment that points to them."""
 
-    def __init__(self, home: Path, mlflow: str) -> None:
-        self.home = home
+    def __init__(
+        self, home: Path, mlflow: str, project: str = PROJECT, projects: Path = ROOT / "tests" / "projects"
+    ) -> None:
+        self.home, self.project = home, project
         data = home / "data" / "readings"
         code = "import sys; sys.path.insert(0, sys.argv[1]); import house_energy_data as h; from pathlib import Path; h.land(Path(sys.argv[2]), 5, houses=120)"
         subprocess.run([str(VENVS / "ml" / "bin" / "python"), "-c", code, str(ROOT / "tests"), str(data)], check=True)
+        # All state of a loop is its own, the feature store's as well.
+        platform = (ROOT / "include" / "platform.yaml").read_text()
+        assert "${root}/var/feast" in platform
+        (home / "platform.yaml").write_text(platform.replace("${root}/var/feast", f"{home}/feast"))
         self.env = {
             **os.environ,
             "ORRERY_HOME": str(ROOT),
             "ORRERY_VENVS": str(VENVS),
-            "ORRERY_PROJECTS": str(ROOT / "tests" / "projects"),
+            "ORRERY_PROJECTS": str(projects),
+            "ORRERY_PLATFORM": str(home / "platform.yaml"),
             "ORRERY_STORE": f"file://{home}/store",
             "ORRERY_LEDGER": f"sqlite:///{home}/ledger.db",
             "ORRERY_DATA": f"file://{home}/data",
@@ -48,7 +55,7 @@ class Loop:
 
     def argv(self, verb: str, key: str, *more: str) -> list[str]:
         scope = "--window" if ".." in key else "--partition"
-        return [ORRERY, "run", PROJECT, verb, scope, key, *more]
+        return [ORRERY, "run", self.project, verb, scope, key, *more]
 
     def start(self, verb: str, key: str, *more: str) -> subprocess.Popen[str]:
         argv = self.argv(verb, key, *more)
@@ -67,7 +74,7 @@ class Loop:
         return done.stdout + done.stderr
 
     def manifest(self, dataset: str, key: str) -> Manifest:
-        found = self.store.latest_manifest(PROJECT, dataset, key)
+        found = self.store.latest_manifest(self.project, dataset, key)
         assert found is not None, f"no {dataset} for {key}"
         return found
 

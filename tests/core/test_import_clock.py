@@ -31,4 +31,4 @@ def test_imports_are_told_from_work(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", CODE, str(tmp_path)], capture_output=True, text=True, check=True, timeout=60
     )
-    assert done.stdout.strip() == "11"
+    assert done.stdout.strip() == "11.0"

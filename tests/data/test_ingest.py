@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from orrery.data import files, snapshot
+from orrery.data.tables import write_parquet
 from orrery.errors import DataError, RequestError, TryAgain, UserError
 from orrery.store import storage_options
 
@@ -136,6 +137,19 @@ def test_the_bytes_do_not_depend_on_the_batches(tmp_path, make_orders):
         digests.add(snapshot.sha256(path))
         assert [pq.ParquetFile(path).metadata.row_group(i).num_rows for i in range(3)] == [50_000, 50_000, 20_001]
     assert len(digests) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is always full")
+def test_a_full_disk_is_named_by_where_it_was_written(house, tmp_path, make_orders):
+    """Not by the source, from which it is read meanwhile."""
+    uri = str(house.upstream / "orders" / "2024-01.parquet")
+    scratch = tmp_path / "snapshot.parquet"
+    scratch.symlink_to("/dev/full")
+    with pytest.raises(TryAgain, match=r"snapshot\.parquet: no space left") as e, files.read(uri, None) as stream:
+        snapshot.write(stream.batches, snapshot.normal_schema(stream.schema, "orders"), scratch)
+    assert e.value.exit_code == 75
+    with pytest.raises(TryAgain, match=r"snapshot\.parquet: no space left"):
+        write_parquet(make_orders(), scratch)
 
 
 def test_a_folder_without_permission_is_for_a_person(house, monkeypatch):

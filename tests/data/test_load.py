@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import orrery
-from orrery.errors import RequestError, SpecError
+from orrery.errors import RequestError, SpecError, UserError
 from orrery.store import File, Manifest, content_digest
 
 
@@ -41,6 +43,14 @@ def test_features_and_all_parts_of_scores(filled):
     publish(filled, "score", "scores", {**parts, "report.json": pa.table({"x": [1]})})
     assert orrery.load("shop", "2024-01")["key"].to_pylist() == ["a"]
     assert orrery.load("shop", "2024-01", "scores")["key"].to_pylist() == ["0", "1", "2"]
+
+
+def test_a_file_that_is_gone_is_no_traceback(filled):
+    manifest = filled.store.latest_manifest("shop", "clean", "2024-01")
+    Path(filled.store.full(manifest.uri("orders.parquet"))).unlink()
+    with pytest.raises(UserError, match=r"orders\.parquet is gone, its manifest is not\n.*again") as e:
+        orrery.load("shop", "2024-01", "clean/orders")
+    assert e.value.exit_code == 64
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from features_house import FEATURES, Project, flights, labelled, weather
 
 from orrery.errors import DataError, SpecError
+from orrery.training.schema import infer
 
 ROWS = labelled(flights(("JFK", 10.5), ("LGA", 9.5), ("JFK", 9.5), ("JFK", 0.5)))
 REPORTS = weather(("JFK", 8, 9, 8.0), ("JFK", 9, 10, 9.0), ("LGA", 9, 9, 90.0))
@@ -112,6 +113,30 @@ def test_a_label_known_too_early_ends_the_step_with_64(project: Project) -> None
     with pytest.raises(DataError, match="4 rows know their label before prediction_time") as error:
         project.materialize(project.clean("2013-04", flights=ROWS, weather=REPORTS))
     assert error.value.exit_code == 64
+
+
+def test_text_that_a_partition_has_none_of_is_text_in_the_window(project: Project) -> None:
+    """Rows and view have a text column that is empty in one partition, and so without a type there."""
+    tables = []
+    for key, texts, sky in (("2013-03", pa.nulls(4), pa.nulls(3)), ("2013-04", ["a", None, "b", "a"], ["x", "y", "z"])):
+        clean = project.clean(
+            key, flights=ROWS.append_column("text", [texts]), weather=REPORTS.append_column("sky", [sky])
+        )
+        result = project.materialize(clean)
+        tables.append(project.table(result))
+    assert project.schema(result)["text"] == project.schema(result)["weather__sky"] == "categorical"
+    assert [t.schema.field("text").type for t in tables] == [pa.null(), pa.string()]
+    for order in (tables, tables[::-1]):
+        window = pa.concat_tables(order, promote_options="permissive")
+        schema = infer(window, "binary")
+        assert {"text", "weather__sky"} <= set(schema.vocabularies)
+    assert schema.feed(tables[0])["categorical"][:, list(schema.vocabularies).index("text")].tolist() == [0] * 4
+
+
+def test_a_join_on_a_column_without_any_value_finds_nothing(project: Project) -> None:
+    nowhere = ROWS.set_column(ROWS.schema.get_field_index("origin"), "origin", pa.nulls(4))
+    result = project.materialize(project.clean("2013-03", flights=nowhere, weather=REPORTS))
+    assert project.table(result)["weather__wind"].null_count == 4
 
 
 def test_a_project_without_rows_is_refused(project: Project) -> None:

@@ -171,6 +171,17 @@ def test_a_correction_and_a_newer_report_replace_what_is_there(defined: Definiti
     assert ask(defined, home, at(11), "JFK", "LGA") == [None, 91.0]
 
 
+def test_a_partition_without_any_value_leaves_the_others_readable(defined: Definitions, home: Home) -> None:
+    """Its column has no type; what is there keeps its own, and so does what comes later."""
+    for hour, sky in ((8, None), (9, "clear"), (10, None), (11, "fog")):
+        table = weather(("JFK", hour, hour, 1.0), *([("LGA", hour, hour, 1.0)] if hour == 9 else []))
+        values = pa.nulls(table.num_rows) if sky is None else pa.array([sky] * table.num_rows)
+        push(defined, known(defined, table.append_column("sky", values)), home)
+        rows = pa.table({"key": ["a", "b"], "origin": ["JFK", "LGA"]})
+        found = lookup_with(defined, rows, at=at(hour), home=home)["weather__sky"].to_pylist()
+        assert found == [sky, "clear" if hour in (9, 10) else None]
+
+
 def test_pushes_at_once_leave_the_newest(defined: Definitions, home: Home) -> None:
     tables = [known(defined, weather(("JFK", h, h, float(h)))) for h in (3, 1, 4, 2)]
     threads = [threading.Thread(target=push, args=(defined, table, home)) for table in tables]

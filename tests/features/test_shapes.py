@@ -38,6 +38,17 @@ def test_good_rows_pass_and_come_out_plain() -> None:
     assert found.schema.field("_day").type == TIME
 
 
+def test_a_column_without_any_value_keeps_no_type() -> None:
+    """A float would contradict the text of another partition; a typed column keeps its type."""
+
+    def more(table: pa.Table) -> pa.Table:
+        return table.append_column("gate", pa.nulls(3)).append_column("sky", pa.nulls(3, pa.string()))
+
+    found = made(more)
+    assert (found.schema.field("gate").type, found.schema.field("sky").type) == (pa.null(), pa.string())
+    assert kinds(found) == {"origin": "categorical", "gate": "unknown", "sky": "categorical"}
+
+
 def test_times_become_utc_microseconds() -> None:
     def local(table: pa.Table) -> pa.Table:
         return put(table, "prediction_time", table["prediction_time"].cast(pa.timestamp("ns", tz="America/New_York")))

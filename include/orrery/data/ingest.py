@@ -19,6 +19,7 @@ from orrery.contract import IngestParams, Result, SourceRef
 from orrery.data import files, snapshot
 from orrery.errors import DataError, RequestError
 from orrery.step import Work
+from orrery.store import trouble
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ def run(work: Work, params: IngestParams) -> Result:
     with work.at(address(work.config.key, taken)) as fresh:
         if fresh:
             for name, one in taken.items():
-                shutil.move(one.path, work.path(f"{name}.parquet"))
+                target = work.path(f"{name}.parquet")
+                with trouble(str(target)):
+                    shutil.move(one.path, target)
     return Result(
         reasons=warnings,
         metrics={f"rows_{name}": float(one.rows) for name, one in taken.items()},

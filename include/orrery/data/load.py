@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from orrery import platform
 from orrery.data.tables import read_parquet
-from orrery.errors import RequestError, nearest
+from orrery.errors import RequestError, UserError, nearest
 from orrery.store import Manifest, Store
 
 DATASETS = ("raw", "clean", "features", "scores")
@@ -20,7 +20,7 @@ def load(project: str, partition: str, dataset: str = "features") -> pa.Table:
     """Return one partition of `raw/<source>`, `clean/<source>`, `features` or `scores` (all parts, in order).
 
     Raises `SpecError` for a project that there is not, `RequestError` for a dataset or a partition that
-    there is not; the hint lists what there is.
+    there is not (the hint lists what there is), `UserError` when its file is gone.
     """
     platform.project_folder(project)
     name, _, source = dataset.partition("/")
@@ -33,10 +33,17 @@ def load(project: str, partition: str, dataset: str = "features") -> pa.Table:
         there = store.keys(project, name)
         raise RequestError(f"{project} has no {name} for {partition!r}", hint=nearest(partition, there))
     with tempfile.TemporaryDirectory(prefix="orrery-") as scratch:
-        tables = [
-            read_parquet(store.local(manifest.uri(file), Path(scratch))) for file in _files(manifest, name, source)
-        ]
+        tables = [_read(store, manifest.uri(file), Path(scratch)) for file in _files(manifest, name, source)]
     return pa.concat_tables(tables)
+
+
+def _read(store: Store, path: str, scratch: Path) -> pa.Table:
+    try:
+        return read_parquet(store.local(path, scratch))
+    except FileNotFoundError:
+        raise UserError(
+            f"{store.uri}/{path} is gone, its manifest is not", hint="run the step that makes it again, with --force"
+        ) from None
 
 
 def _plain(partition: str) -> bool:

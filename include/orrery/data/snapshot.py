@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from orrery.data.tables import ROW_GROUP
 from orrery.errors import DataError
+from orrery.store import trouble
 
 INSTANT = pa.timestamp("us", tz="UTC")
 
@@ -60,11 +61,18 @@ def write(batches: Iterable[pa.RecordBatch], schema: pa.Schema, path: Path) -> i
     Row groups are cut at fixed rows, so the bytes do not depend on how the batches came. Peak memory: about
     two row groups beside what the reader holds.
     """
-    rows = 0
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+    rows, where = 0, str(path)
+    # Only what writes is in `trouble`: the batches are read meanwhile, and their reader tells its own.
+    with trouble(where):
+        writer = pq.ParquetWriter(path, schema, compression="zstd")
+    try:
         for group in _groups(batches, schema):
-            writer.write_table(group, row_group_size=ROW_GROUP)
+            with trouble(where):
+                writer.write_table(group, row_group_size=ROW_GROUP)
             rows += group.num_rows
+    finally:
+        with trouble(where):
+            writer.close()
     return rows
 
 

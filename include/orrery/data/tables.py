@@ -8,6 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from orrery.store import trouble
+
 ROW_GROUP = 50_000
 # The reserved columns of a features table; every other column whose name does not begin with `_` is a feature.
 KEY, PREDICTION_TIME, LABEL, LABEL_TIME = "key", "prediction_time", "label", "label_time"
@@ -16,7 +18,8 @@ RESERVED = (KEY, PREDICTION_TIME, LABEL, LABEL_TIME)
 
 def write_parquet(table: pa.Table, path: Path) -> None:
     """Write a table with fixed settings: equal tables become equal bytes (of one pyarrow version)."""
-    pq.write_table(table.replace_schema_metadata(None), path, compression="zstd", row_group_size=ROW_GROUP)
+    with trouble(str(path)):
+        pq.write_table(table.replace_schema_metadata(None), path, compression="zstd", row_group_size=ROW_GROUP)
 
 
 def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:

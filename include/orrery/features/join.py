@@ -73,10 +73,12 @@ def check_names(rows: pa.Table, known: Sequence[tuple[View, pa.Table]]) -> dict[
                     f"@view {view.name} is joined on {on!r}, which the rows do not have",
                     hint=f"the rows have {', '.join(rows.column_names)}; a helper column begins with _",
                 )
-            ours, theirs = join_column(rows[on], f"rows: {on}").type, table[on].type
-            if ours != theirs and rows.num_rows and table.num_rows:
+            ours, theirs = join_column(rows[on], f"rows: {on}"), table[on]
+            # A side without any value is joined with nothing, whatever its type.
+            if ours.type != theirs.type and all(side.null_count < len(side) for side in (ours, theirs)):
                 raise DataError(
-                    f"@view {view.name}: {on!r} is {theirs}, in the rows it is {ours}", hint="cast one of them"
+                    f"@view {view.name}: {on!r} is {theirs.type}, in the rows it is {ours.type}",
+                    hint="cast one of them",
                 )
         for column in values_of(view, table):
             name = f"{view.name}__{column}"
@@ -91,7 +93,7 @@ def _cut(view: View, table: pa.Table, rows: pa.Table, keys: dict[str, str]) -> t
     times = rows[PREDICTION_TIME].cast(pa.int64()).to_numpy()
     index, slot, width = slots(view, table, int(times.min()), int(times.max()))
     columns = {keys[on]: table[on].cast(pa.string()) for on in view.on}
-    columns |= {number: table[name] for number, name in _numbered(view, table).items()}
+    columns |= {number: typed(table[name]) for number, name in _numbered(view, table).items()}
     columns |= {AVAILABLE_TIME: table[AVAILABLE_TIME], AVAILABLE: table[AVAILABLE_TIME].cast(pa.int64())}
     found = pa.table(columns).take(pa.array(index))
     return found.append_column(_slot(view), pa.array(slot)), pa.array(times // width)
@@ -114,7 +116,7 @@ def _entity(name: str, kind: str) -> Any:
 def _feature_view(view: View, table: pa.Table, keys: dict[str, str], entities: list[Any], folder: Path) -> Any:
     lib = feast()
     own = [*(keys[on] for on in view.on), _slot(view)]
-    schema = [lib.Field(name=n, dtype=feast_type(table[c].type)) for n, c in _numbered(view, table).items()]
+    schema = [lib.Field(name=n, dtype=feast_type(typed(table[c]).type)) for n, c in _numbered(view, table).items()]
     schema += [lib.Field(name=k, dtype=lib.types.String) for k in own[:-1]]
     schema += [lib.Field(name=n, dtype=lib.types.Int64) for n in (_slot(view), AVAILABLE)]
     file = str(folder / f"{view.name}.parquet")
@@ -126,6 +128,11 @@ def _feature_view(view: View, table: pa.Table, keys: dict[str, str], entities: l
         source=lib.FileSource(name=f"{view.name}_source", path=file, timestamp_field=AVAILABLE_TIME),
         online=False,
     )
+
+
+def typed(column: pa.ChunkedArray, kind: pa.DataType | None = None) -> pa.ChunkedArray:
+    """Give a column that has no type, for want of values, the type `kind`, or a number's: Feast needs one."""
+    return column.cast(kind or pa.float64()) if pa.types.is_null(column.type) else column
 
 
 def feast_type(kind: pa.DataType) -> Any:
@@ -170,8 +177,12 @@ def _values(view: View, table: pa.Table, joined: pa.Table, rows: pa.Table) -> di
     fresh = pc.fill_null(pc.less(age, view.ttl_us), False)
     features = {}
     for number, name in _numbered(view, table).items():
-        column = joined[f"{view.name}__{number}"].cast(table[name].type)
-        features[f"{view.name}__{name}"] = pc.if_else(fresh, column, pa.scalar(None, column.type))
+        kind = table[name].type
+        if pa.types.is_null(kind):
+            features[f"{view.name}__{name}"] = pa.chunked_array([pa.nulls(rows.num_rows)])
+            continue
+        column = joined[f"{view.name}__{number}"].cast(kind)
+        features[f"{view.name}__{name}"] = pc.if_else(fresh, column, pa.scalar(None, kind))
     return features
 
 

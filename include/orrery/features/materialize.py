@@ -1,8 +1,8 @@
 """Step `materialize`: clean tables of one partition, and of those before it, into its features table.
 
 Writes features.parquet (key, prediction_time, label, label_time, features, `_` helpers; sorted by
-prediction_time and key) and schema.json ({feature: "numeric" | "categorical"}). With `features: {online: true}`
-in the spec, the views' latest rows go to Feast's online store as well.
+prediction_time and key) and schema.json ({feature: "numeric" | "categorical" | "unknown", when it has no value}).
+With `features: {online: true}` in the spec, the views' latest rows go to Feast's online store as well.
 """
 
 from __future__ import annotations

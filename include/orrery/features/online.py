@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from orrery.data.tables import PREDICTION_TIME
 from orrery.errors import DataError, RequestError, TryAgain, UserError
 from orrery.features.definitions import Definitions, View
-from orrery.features.join import check_names, feast_type, values_of
+from orrery.features.join import check_names, feast_type, typed, values_of
 from orrery.features.known import latest_of_all
 from orrery.features.quick_feast import feast, quiet
 from orrery.features.shapes import AVAILABLE_TIME, UTC, derived_online, join_column, statics
@@ -64,6 +64,7 @@ def push(definitions: Definitions, known: Mapping[str, pa.Table], home: Home) ->
     tables = [(view, latest_of_all(view, known[view.name])) for view in definitions.views]
     with _alone(home), _reaching(home):
         store = _store(home)
+        tables = [(view, _typed(store, view, table)) for view, table in tables]
         store.apply(_objects(tables))
         store.refresh_registry()
         return {view.name: _write(store, view, table) for view, table in tables}
@@ -131,6 +132,18 @@ def _types(store: Any, view: View) -> dict[str, pa.DataType]:
             hint="features: {online: true} in spec.yaml, then run materialize",
         ) from None
     return {f.name: plain[f.dtype] for f in fields}
+
+
+def _typed(store: Any, view: View, table: pa.Table) -> pa.Table:
+    """Give a column without values the type that the store holds it in: what others pushed must stay readable."""
+    untyped = [f.name for f in table.schema if pa.types.is_null(f.type)]
+    types: dict[str, pa.DataType] = {}
+    if untyped:
+        with contextlib.suppress(RequestError):  # nothing was pushed yet
+            types = _types(store, view)
+    for name in untyped:
+        table = table.set_column(table.schema.get_field_index(name), name, typed(table[name], types.get(name)))
+    return table
 
 
 def _ask(store: Any, view: View, keys: list[tuple[str, ...]], names: list[str]) -> dict[str, list[Any]]:

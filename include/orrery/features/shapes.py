@@ -1,7 +1,8 @@
 """The tables that a project's functions return: called, checked, and made plain.
 
 Plain: strings are `string`, integers `int64`, other numbers `double` with null for NaN, times
-`timestamp[us, UTC]`. One form per kind, so that what Feast gives back, offline and online, is equal.
+`timestamp[us, UTC]`. One form per kind, so that what Feast gives back, offline and online, is equal. A column
+without any value may have no type either (Arrow's null): it stays so, and takes that of the other partitions.
 """
 
 from __future__ import annotations
@@ -85,9 +86,15 @@ def derived_online(definitions: Definitions, rows: pa.Table) -> pa.Table:
 
 
 def kinds(table: pa.Table) -> dict[str, str]:
-    """Return the feature list: name -> "numeric" or "categorical", for plain features."""
+    """Return the feature list: name -> "numeric", "categorical", or "unknown" without a type; for plain features."""
     names = [n for n in table.column_names if n not in RESERVED and not n.startswith("_")]
-    return {n: "categorical" if pa.types.is_string(table.schema.field(n).type) else "numeric" for n in names}
+    return {n: _kind(table.schema.field(n).type) for n in names}
+
+
+def _kind(kind: pa.DataType) -> str:
+    if pa.types.is_null(kind):
+        return "unknown"
+    return "categorical" if pa.types.is_string(kind) else "numeric"
 
 
 def plain(column: pa.ChunkedArray, here: str) -> pa.ChunkedArray:
@@ -95,7 +102,7 @@ def plain(column: pa.ChunkedArray, here: str) -> pa.ChunkedArray:
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     kind = column.type
-    if pa.types.is_string(kind) or pa.types.is_boolean(kind):
+    if pa.types.is_string(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind):
         return column
     if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return column.cast(pa.string())
@@ -104,7 +111,7 @@ def plain(column: pa.ChunkedArray, here: str) -> pa.ChunkedArray:
             return column.cast(pa.int64())
         except pa.ArrowInvalid:
             raise DataError(f"{here}: a value is beyond 64-bit signed integers", hint="cast it to float64") from None
-    if pa.types.is_floating(kind) or pa.types.is_null(kind):
+    if pa.types.is_floating(kind):
         column = column.cast(pa.float64())
         return pc.if_else(pc.is_nan(column), pa.scalar(None, pa.float64()), column)
     raise DataError(
@@ -116,6 +123,8 @@ def plain(column: pa.ChunkedArray, here: str) -> pa.ChunkedArray:
 def join_column(column: pa.ChunkedArray, here: str) -> pa.ChunkedArray:
     """Return a column that is joined on: string, int64 or boolean. Raises `DataError` for other types."""
     column = plain(column, here)
+    if pa.types.is_null(column.type):
+        return column.cast(pa.string())
     if pa.types.is_floating(column.type) and column.null_count < len(column):
         raise DataError(
             f"{here} is a floating point number, which cannot be joined on", hint="cast it to int64 or string"
@@ -187,8 +196,8 @@ def _label(here: str, column: pa.ChunkedArray, task: str) -> pa.ChunkedArray:
     column = plain(column, f"{here}: {LABEL}")
     if pa.types.is_string(column.type) and task != "multiclass":
         raise DataError(f"{here}: {LABEL} is a string, the task is {task}", hint="0/1, a boolean or a number")
-    if column.null_count == len(column) and task == "multiclass":
-        return column.cast(pa.string())
+    if column.null_count == len(column):
+        return column.cast(pa.string() if task == "multiclass" else pa.float64())
     return column
 
 
