@@ -11,6 +11,7 @@ import pytest
 from planted import HOLDOUT, House, linear, rows
 
 from orrery.contract import Result
+from orrery.errors import UserError
 from orrery.evaluation.exported import Exported, Latency
 from orrery.evaluation.holdout import labelled
 from orrery.evaluation.leaks import best_single_feature
@@ -167,6 +168,12 @@ def test_a_latency_above_its_bound_keeps_the_champion_and_its_value_is_in_the_re
     (latency,) = [c for c in checks if c["name"] == "p99_ms:max"]
     assert (latency["value"], latency["passed"]) == (None, False)
     assert latency["reason"] == "p99_ms breaks its bound 1e-06"
+
+
+def test_a_report_of_an_older_version_ends_64(house: House) -> None:
+    report = b'{"primary": "auc", "metrics": {"candidate": {"auc": 0.7}}, "comparisons": {}}'
+    with pytest.raises(UserError, match=r"report\.json of the evaluation .* has no 'bootstrap'"):
+        house.gate(house.commit("evaluate", "old", {"report.json": report}))
 
 
 def test_the_gate_needs_no_numbers_library() -> None:

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from orrery.contract import GateParams, Result
+from orrery.errors import UserError
 from orrery.spec import METRICS, PRIMARY, Bound, Disparity, ModelSpec
 from orrery.step import Work
 
@@ -122,7 +123,13 @@ def run(work: Work, params: GateParams) -> Result:
     """Decide by the evaluation's numbers."""
     evaluation = work.input("evaluation")
     report = json.loads(work.open_input(evaluation, "report.json").read_bytes())
-    numbers = read(report, evaluation.result.get("metrics", {}))
+    try:
+        numbers = read(report, evaluation.result.get("metrics", {}))
+    except KeyError as e:
+        raise UserError(
+            f"report.json of the evaluation {evaluation.key} has no {e}: another version made it",
+            hint="run evaluate again",
+        ) from None
     decision = decide(Rules.of(work.spec), numbers)
     digested = [_without_measurement(c) if c.name.partition(":")[0] in MEASURED else c for c in decision.checks]
     work.write_json("verdict.json", {"verdict": decision.verdict, "checks": [asdict(c) for c in digested]})
