@@ -155,6 +155,16 @@ def test_tune_rows_are_not_fitted_on(tmp_path: Path) -> None:
     assert b"from /home" not in run.files["model.onnx"].read_bytes()
 
 
+def test_a_mistake_in_a_module_beside_model_py_is_named_with_its_file(tmp_path: Path) -> None:
+    made = Bench(tmp_path)
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "trees.py").write_text("def fit(train, valid, params):\n    return 1 / 0\n")
+    made.write_project("from .trees import fit\n")
+    made.commit("2013-01", trips(500))
+    with pytest.raises(SpecError, match=r"fit failed \(trees\.py, line 2\): ZeroDivisionError"):
+        made.train("beside")
+
+
 def test_a_training_survives_an_mlflow_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # the discard port: nobody listens
     made = Bench(tmp_path)

@@ -80,24 +80,31 @@ def values(model: UserModel, overrides: Mapping[str, Any]) -> BaseModel:
 
 
 @contextlib.contextmanager
-def told(what: str) -> Iterator[None]:
-    """Turn whatever a model.py's code raises into a `SpecError` that names its line.
+def told(what: str, *, only_theirs: bool = False) -> Iterator[None]:
+    """Turn whatever a project's code raises into a `SpecError` that names its line.
 
-    Its mistakes are the same on the next attempt. What is raised on purpose (told to stop, try again) stays.
+    Its mistakes are the same on the next attempt. What is raised on purpose (told to stop, try again) stays, and
+    with `only_theirs` whatever did not pass through the project's code.
     """
     try:
         yield
     except OrreryError:
         raise
     except Exception as e:
-        raise SpecError(f"model.py: {what} failed{_line(e)}: {type(e).__name__}: {e}") from e
+        line = _line(e)
+        if only_theirs and not line:
+            raise
+        raise SpecError(f"model.py: {what} failed{line}: {type(e).__name__}: {e}") from e
 
 
 def _line(error: Exception) -> str:
-    """Return the deepest line that is in a model.py, since the deepest of all is often in a library."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [f.lineno for f in frames if Path(f.filename).name == "model.py"]
-    return f" (line {lines[-1]})" if lines else ""
+    """Return the deepest line that is in the project's code, since the deepest of all is often in a library."""
+    found = ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        if str(frame.f_globals.get("__name__")).startswith("orrery_project_"):
+            name = Path(frame.f_code.co_filename).name
+            found = f" (line {number})" if name == "model.py" else f" ({name}, line {number})"
+    return found
 
 
 def module(model: UserModel, schema: Schema, params: BaseModel) -> Any:

@@ -94,7 +94,8 @@ def _train(job: Job, place: Place) -> dict[str, Any]:
     refuse_unused(network, fit, place.world)
     torch.manual_seed(job.seed + place.rank)  # equal weights on all ranks, but each its own dropout
     trainer = Trainer(network, schema.task, job.settings, job.seed, place)
-    fitted = trainer.fit(fit, tune)
+    with user_model.told("training", only_theirs=True):
+        fitted = trainer.fit(fit, tune)
     if place.rank != 0:
         return {}
     if schema.task != "regression":
