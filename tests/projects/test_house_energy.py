@@ -1,23 +1,78 @@
-"""A second project (LightGBM, regression, CSV by the day, no Feast) goes through the same contract, untouched engine."""
+"""A second project (LightGBM, regression, CSV by the day, no Feast) goes through the same contract.
+
+The engine knows of neither project: no word of one stands in its code, and the second one adds its folder and a Dag.
+"""
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from loop import DAYS, NEXT, PROJECT, ROOT, VENVS, WINDOW, Loop
 
+from orrery.spec import Checks
+
 pytestmark = pytest.mark.slow
+
+PRODUCT = ("include", "dags", "plugins", "docker")
+BOTH = (ROOT / "include" / "projects" / "flight_delay", ROOT / "tests" / "projects" / PROJECT)
+# Columns whose names the engine has a meaning of its own for.
+ORDINARY = {"origin"}
 
 
 def tree() -> dict[str, str]:
     """Return the digest of every file of the product: what a second project must not need to touch."""
-    files = [p for top in ("include", "dags", "plugins", "docker") for p in (ROOT / top).rglob("*") if p.is_file()]
+    files = [p for top in PRODUCT for p in (ROOT / top).rglob("*") if p.is_file()]
     kept = [p for p in files if "__pycache__" not in p.parts]
     return {str(p.relative_to(ROOT)): hashlib.sha256(p.read_bytes()).hexdigest() for p in kept}
+
+
+def names_of_note(project: Path) -> set[str]:
+    """Return what only this project knows: its own name, its label and the columns that it checks."""
+    spec = yaml.safe_load((project / "spec.yaml").read_text())
+    nested = [spec["checks"].get(source, {}) for source in spec["sources"]]
+    columns = {name for checks in (spec["checks"], *nested) for name in checks}
+    return {project.name, spec["label"]["column"], *columns} - {*Checks.model_fields, *spec["sources"], *ORDINARY}
+
+
+def words(file: Path) -> set[str]:
+    """Return every word of a module's code: names, and what its strings say; docstrings and comments are for people."""
+    tree = ast.parse(file.read_text())
+    scopes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    documents = {
+        id(n.body[0].value) for n in ast.walk(tree) if isinstance(n, scopes) and isinstance(n.body[0], ast.Expr)
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documents:
+            found.update(re.findall(r"\w+", node.value))
+        found.update(v for f in ("id", "attr", "arg", "name") if isinstance(v := getattr(node, f, None), str))
+    return found
+
+
+def test_the_engine_knows_no_project() -> None:
+    """No branch, default or example in the code of a room or a plugin names a project, or a column of one."""
+    noted = set().union(*map(names_of_note, BOTH))
+    assert {"flight_delay", "house_energy", "late", "carrier", "scheduled_departure", "energy_kwh", "humid"} <= noted
+    files = [*(ROOT / "include" / "orrery").rglob("*.py"), *(ROOT / "plugins").rglob("*.py")]
+    assert len(files) > 80
+    assert {str(f.relative_to(ROOT)): sorted(known) for f in files if (known := words(f) & noted)} == {}
+
+
+def test_the_second_project_is_its_folder_and_one_dag_file() -> None:
+    own = sorted(p.name for p in BOTH[1].iterdir() if p.name != "__pycache__")
+    assert own == ["README.md", "features.py", "model.py", "spec.yaml"]
+    imports, call = ast.parse((ROOT / "tests" / "projects" / "dags" / f"{PROJECT}.py").read_text()).body[1:]
+    assert ast.unparse(imports) == "from orrery.orchestration import lifecycle"
+    assert ast.unparse(call) == f"lifecycle('{PROJECT}', __doc__)"
+    mentions = [p for p in map(ROOT.joinpath, tree()) if PROJECT.encode() in p.read_bytes()]
+    assert mentions == [], "the product was adapted to it"
 
 
 def scores(loop: Loop) -> dict[str, float]:
