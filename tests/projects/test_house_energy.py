@@ -152,4 +152,4 @@ def test_check_and_ledger_read_well(loop: Loop) -> None:
     text = loop.orrery("ledger", PROJECT)
     assert "– → 1" in text and "champion: version 1" in text
     assert "none" in loop.orrery("ledger", PROJECT, "--at", "2020-01-01")
-    assert "only champion there ever was" in loop.orrery("rollback", PROJECT, code=64)
+    assert "no version was champion before version 1" in loop.orrery("rollback", PROJECT, code=64)
