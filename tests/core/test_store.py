@@ -65,6 +65,19 @@ def test_put_read_list(store: Store) -> None:
         assert f.read() == b"22"
 
 
+def test_what_is_removed_is_gone_and_nothing_else(store: Store) -> None:
+    for path in ("folder/a1/x", "folder/a1/sub/y", "folder/a11/x", "folder/b"):
+        store.put(path, b"1")
+    store.remove("folder/a1")
+    store.remove("folder/none")
+    assert store.names("folder") == ["a11", "b"]
+    store.remove("folder/b")
+    store.remove("folder/b")
+    assert store.names("folder") == ["a11"]
+    with pytest.raises(RequestError):
+        store.remove("../x")
+
+
 def test_put_if_absent_keeps_the_first(store: Store) -> None:
     assert store.put_if_absent("x/y", b"first")
     assert not store.put_if_absent("x/y", b"second")
