@@ -7,7 +7,8 @@ local cores. All jobs run in one Spark session with Spark's own JVM compiler set
 Parquet out) on the same million rows, cache their ONNX session per worker, are warmed first, and must agree on every
 prediction. `score` also reads back, reconciles and commits. The rivals read one file of equal size per core, so that
 each core has the same share (asserted): Spark would cut a single file into unequal parts. What is compared is rows per
-second, the best of three rounds.
+second, the best of three rounds. Measure on a quiet machine: beside other work, short jobs find moments of rest that long
+ones do not.
 """
 
 from __future__ import annotations
