@@ -42,6 +42,7 @@ class Loop:
             "ORRERY_STORE": f"file://{home}/store",
             "ORRERY_LEDGER": f"sqlite:///{home}/ledger.db",
             "ORRERY_DATA": f"file://{home}/data",
+            "ORRERY_FEAST": f"{home}/feast",
             "ORRERY_MLFLOW": mlflow,
         }
 

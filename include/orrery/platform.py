@@ -180,7 +180,7 @@ def load(file: Path | None = None) -> Platform:
     key = (
         str(file),
         str(home()),
-        *(os.environ.get(v) for v in (*ADDRESSES.values(), "ORRERY_STAGE", "ORRERY_MLFLOW_PORT")),
+        *(os.environ.get(v) for v in (*ADDRESSES.values(), "ORRERY_FEAST", "ORRERY_STAGE", "ORRERY_MLFLOW_PORT")),
     )
     try:
         return _load(key, file.stat().st_mtime_ns)
@@ -195,6 +195,8 @@ def _load(key: tuple[str | None, ...], mtime: int) -> Platform:
     for field, variable in {**ADDRESSES, "stage": "ORRERY_STAGE"}.items():
         if os.environ.get(variable):
             data[field] = os.environ[variable]
+    if os.environ.get("ORRERY_FEAST"):
+        data["feast"] = {**(data.get("feast") or {}), "registry": os.environ["ORRERY_FEAST"]}
     platform = yamlfile.validate(Platform, data, lines, file)
     values = {"root": root, "mlflow_port": os.environ.get("ORRERY_MLFLOW_PORT", "5500")}
     fields = {f: substitute(getattr(platform, f), values, f"{file}: {f}") for f in ADDRESSES}
@@ -207,8 +209,9 @@ def _load(key: tuple[str | None, ...], mtime: int) -> Platform:
             )
     # The command line runs anywhere, a step runs in the home: both must mean the same place.
     fields |= {f: absolute(fields[f], Path(root)) for f in ("store", "data", "ledger")}
+    registry = substitute(platform.feast.registry, values, f"{file}: feast.registry")
     feast = Feast(
-        registry=substitute(platform.feast.registry, values, f"{file}: feast.registry"),
+        registry=registry if "://" in registry else str(Path(root) / registry),
         online=substitute(platform.feast.online, values, f"{file}: feast.online"),
     )
     return platform.model_copy(update={**fields, "feast": feast})

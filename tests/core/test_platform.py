@@ -32,13 +32,15 @@ def test_relative_places_mean_the_same_from_every_folder(
     house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The command line runs where a person is, a step in the home."""
-    for name, value in {"STORE": "var/x", "DATA": "file://up", "LEDGER": "sqlite:///var/l.db"}.items():
+    places = {"STORE": "var/x", "DATA": "file://up", "LEDGER": "sqlite:///var/l.db", "FEAST": "var/f"}
+    for name, value in places.items():
         monkeypatch.setenv(f"ORRERY_{name}", value)
     monkeypatch.chdir(tmp_path)
     loaded = platform.load()
     assert loaded.store == f"file://{house.home}/var/x"
     assert loaded.data == f"file://{house.home}/up"
     assert loaded.ledger == f"sqlite:///{house.home}/var/l.db"
+    assert loaded.feast.registry == f"{house.home}/var/f"
 
 
 @pytest.mark.parametrize("variable", ["ORRERY_STORE", "ORRERY_DATA"])
