@@ -17,7 +17,7 @@ from orrery.contract import Result
 from orrery.errors import DataError, OrreryError, SpecError, UserError
 from orrery.training import signature
 from orrery.training.dataset import encoded
-from orrery.training.schema import Schema
+from orrery.training.schema import Schema, infer
 
 FILES = {"model.onnx", "baseline.onnx", "weights.safetensors", "schema.json", "params.json", "split.json"}
 
@@ -253,3 +253,10 @@ def test_data_that_cannot_be_trained_on_are_refused(tmp_path: Path, table: pa.Ta
     made.commit("2013-01", table)
     with pytest.raises(DataError, match=says):
         made.train("refused")
+
+
+def test_a_column_without_any_value_in_the_window_is_left_out() -> None:
+    """A sensor that was off for all months has nothing to teach; it comes back as a feature with its first value."""
+    table = pa.table({"x": [1.0, None], "place": ["a", "b"], "off": pa.nulls(2)})
+    schema = infer(table, "regression")
+    assert schema.columns == ["x", "place"]

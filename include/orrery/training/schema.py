@@ -133,7 +133,10 @@ def feature_names(schema: pa.Schema) -> list[str]:
 def infer(
     table: pa.Table, task: Literal["binary", "multiclass", "regression"], classes: tuple[str, ...] = ()
 ) -> Schema:
-    """Infer the signature from the rows that a model is fitted on (and from no others)."""
+    """Infer the signature from the rows that a model is fitted on (and from no others).
+
+    A column without any value in the whole window (Arrow's null type) is left out: it has nothing to teach.
+    """
     numeric, vocabularies, missing = [], {}, []
     for name in feature_names(table.schema):
         column = table[name]
@@ -151,7 +154,7 @@ def infer(
             numeric.append(name)
             if np.isnan(to_float(column)).any():
                 missing.append(name)
-        else:
+        elif not pa.types.is_null(column.type):
             raise DataError(
                 f"feature {name} is {column.type}; features are numbers, booleans or strings",
                 hint="prefix it with _ to keep it out",

@@ -18,7 +18,7 @@ from orrery.errors import DataError, TryAgain, UserError
 from orrery.step import Work
 from orrery.training import Dataset, baseline, dataset, settings, signature, user_model
 from orrery.training.labels import classes
-from orrery.training.schema import Schema, infer
+from orrery.training.schema import Schema, feature_names, infer
 from orrery.training.split import Parts, split
 from orrery.training.user_model import UserModel
 
@@ -43,6 +43,8 @@ def run(work: Work, params: TrainParams) -> Result:
         raise DataError(
             "the features table has no feature", hint="features.py must add a column beside the reserved ones"
         )
+    for name in sorted(set(feature_names(parts.fit.schema)) - set(schema.columns)):
+        work.log.warning(f"feature {name} has no value in the whole window: the model does without it")
     fit, tune = dataset.encoded(parts.fit, schema), dataset.encoded(parts.tune, schema)
     work.log.info("training", model=model.kind, **parts.counts, features=len(schema.columns))
     work.write("baseline.onnx", baseline.fit(fit))
