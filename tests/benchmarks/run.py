@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 VENVS = Path(os.environ.get("ORRERY_VENVS", ROOT / ".venvs"))
-# Benchmark file -> its environment and the names that it prints.
+# Benchmark file -> its environment and the names that it has to print (it may print more).
 BENCHMARKS = {
     "bench_step_overhead": ("airflow", ("step_overhead",)),
     "bench_parse": ("airflow", ("parse_200",)),
@@ -46,7 +46,11 @@ def main() -> int:
             print(f"  failed ({done.returncode})\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}", file=sys.stderr)
             failed += 1
             continue
-        rows += [r for r in json.loads(done.stdout.splitlines()[-1]) if not only or only in (file, r["name"])]
+        made = json.loads(done.stdout.splitlines()[-1])
+        if missing := set(given) - {r["name"] for r in made}:
+            print(f"  printed no {', '.join(sorted(missing))}", file=sys.stderr)
+            failed += 1
+        rows += [r for r in made if not only or only in (file, r["name"])]
         print(f"  {time.monotonic() - began:.0f} s", flush=True)
     width = max([len(str(r["name"])) for r in rows], default=4)
     print(f"\n{'name':{width}}  {'value':>12}  {'unit':14} {'ratio':>8}  against")
