@@ -16,9 +16,9 @@ def test_what_a_person_wrote_stays_and_ours_is_written_anew() -> None:
 
     red = merged("look at this, Ada", "validate 2013-02: a check fails")
     green = merged(red, "ingest 2013-02: done")
-    assert green.startswith("look at this, Ada\n") and green.endswith("ingest 2013-02: done")
-    assert "a check fails" not in green
-    assert merged(None, "x") == merged("", "x")
+    # The UI shows the first line.
+    assert green.splitlines() == ["ingest 2013-02: done", "— Orrery", "look at this, Ada"]
+    assert merged(merged(None, "x"), "y") == merged("", "y") == "y\n— Orrery"
     assert len(merged("a" * 5000, "b" * 5000)) == MAX_LENGTH
 
 

@@ -1,7 +1,8 @@
 """The note on a run: what came of it, so that the list of runs can be read without opening any.
 
 Airflow's scheduler calls the listener; a note that cannot be written is logged and never fails a run. What a
-person wrote on the run stays, above ours; ours is written anew each time the run ends (red, cleared, green).
+person wrote on the run stays, below ours; ours is written anew each time the run ends (red, cleared, green),
+and comes first, since the UI shows a note by its first line.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("orrery.notes")
 MAX_LENGTH = 900  # Airflow's column takes 1000
-OURS = "— Orrery —\n"
+MARK = "\n— Orrery"  # ends our part
 
 
 class Notes:
@@ -60,9 +61,11 @@ def _write(dag_run: DagRun, text: str) -> None:
 
 
 def merged(before: str | None, text: str) -> str:
-    """Return the note with our part new, below what a person wrote."""
-    theirs = (before or "").partition(OURS)[0].rstrip()[: MAX_LENGTH // 2]
-    return f"{theirs}\n{OURS}{text}".lstrip()[:MAX_LENGTH]
+    """Return the note with our part new, above what a person wrote."""
+    ours, mark, theirs = (before or "").partition(MARK)
+    theirs = theirs if mark else ours
+    kept = f"\n{theirs.strip()}"[: MAX_LENGTH // 2] if theirs.strip() else ""
+    return text[: MAX_LENGTH - len(MARK) - len(kept)] + MARK + kept
 
 
 def note(project: str, run: str) -> str:
