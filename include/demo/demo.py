@@ -59,14 +59,14 @@ class Story:
         """Wait for one run per (Dag, partition) to end; raise with the log when one fails."""
         self.watched = [*self.watched, *(w for w in watched if w not in self.watched)]
         deadline = time.monotonic() + timeout
-        live = Live(console=console, refresh_per_second=2) if console.is_terminal else None
+        live = Live(console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
         if live:
             live.start()
         try:
             while True:
                 runs = [self._look(dag, key) for dag, key in watched]
                 if live:
-                    live.update(self._table())
+                    live.update(self.table())
                 for run in runs:
                     if run is not None and run.done and not run.ok:
                         raise UserError(f"{run.dag_id} {run.partition_key} failed:\n{self.api.failures(run)}")
@@ -115,7 +115,8 @@ class Story:
                 raise TryAgain(f"not ended after {timeout:.0f} s: {', '.join(open_)}", hint="see Airflow's UI")
             time.sleep(1.0)
 
-    def _table(self) -> Table:
+    def table(self) -> Table:
+        """Return the runs and the states of their tasks."""
         table = Table(box=None, show_header=False, pad_edge=False)
         for dag, key in self.watched:
             tasks = [f"{MARKS.get(s, '·')} {t}" for (d, k, t), s in self.states.items() if (d, k) == (dag, key)]
@@ -180,6 +181,15 @@ def loop(api: AirflowApi, book: Ledger, began: float, seconds: dict[str, float])
     """Ask Airflow for the ingests; trainings and scores follow by assets. Return the ids of those runs."""
     api.wait_for_dags(f"{PROJECT}.ingest", f"{PROJECT}.train", f"{PROJECT}.score")
     story = Story(api, began)
+    try:
+        return tasks(api, book, story, seconds)
+    finally:
+        if console.is_terminal:  # in a log each change has a line
+            console.print(story.table())
+
+
+def tasks(api: AirflowApi, book: Ledger, story: Story, seconds: dict[str, float]) -> dict[str, str]:
+    """Follow the runs in their order; return the ids of the training and the scoring."""
     ingest = [(f"{PROJECT}.ingest", key) for key in WINDOW]
     for dag, key in ingest:
         api.trigger(dag, {"reason": "make demo"}, partition_key=key)
