@@ -29,20 +29,16 @@ class Loop:
         data = home / "data" / "readings"
         code = "import sys; sys.path.insert(0, sys.argv[1]); import house_energy_data as h; from pathlib import Path; h.land(Path(sys.argv[2]), 5, houses=120)"
         subprocess.run([str(VENVS / "ml" / "bin" / "python"), "-c", code, str(ROOT / "tests"), str(data)], check=True)
-        # All state of a loop is its own, the feature store's as well.
-        platform = (ROOT / "include" / "platform.yaml").read_text()
-        assert "${root}/var/feast" in platform
-        (home / "platform.yaml").write_text(platform.replace("${root}/var/feast", f"{home}/feast"))
         self.env = {
             **os.environ,
             "ORRERY_HOME": str(ROOT),
             "ORRERY_VENVS": str(VENVS),
             "ORRERY_PROJECTS": str(projects),
-            "ORRERY_PLATFORM": str(home / "platform.yaml"),
             "ORRERY_STORE": f"file://{home}/store",
             "ORRERY_LEDGER": f"sqlite:///{home}/ledger.db",
             "ORRERY_DATA": f"file://{home}/data",
             "ORRERY_FEAST": f"{home}/feast",
+            "ORRERY_CACHE": f"{home}/cache",
             "ORRERY_MLFLOW": mlflow,
         }
 

@@ -53,7 +53,11 @@ class Story:
         self.states: dict[tuple[str, str, str], str] = {}
         self.troubles: dict[str, str] = {}
         # Runs of an earlier demo on the same Airflow are not this one's.
-        self.earlier = {run.run_id for run in api.runs()}
+        self.earlier = {run.run_id for run in self.runs()}
+
+    def runs(self) -> list[Run]:
+        """Return the runs of the demo's project, earlier ones as well."""
+        return [run for run in self.api.runs() if run.dag_id.startswith(f"{PROJECT}.")]
 
     def wait(self, watched: list[tuple[str, str]], what: str, timeout: float = 600) -> list[Run]:
         """Wait for one run per (Dag, partition) to end; raise with the log when one fails."""
@@ -104,7 +108,7 @@ class Story:
         """Wait for the runs that nobody watched (each ingested month asks for its scores); raise when one failed."""
         deadline = time.monotonic() + timeout
         while True:
-            runs = [run for run in self.api.runs() if run.run_id not in self.earlier]
+            runs = [run for run in self.runs() if run.run_id not in self.earlier]
             for run in runs:
                 if run.done and not run.ok:
                     raise UserError(f"{run.dag_id} {run.partition_key} failed:\n{self.api.failures(run)}")

@@ -100,10 +100,10 @@ def fetch(store: Store, digest: str, target: Path) -> Path:
         ) from None
     target.mkdir(parents=True, exist_ok=True)
     try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        with trouble(str(target)), tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             names = sorted(tar.getnames())
             tar.extractall(target, filter="data")
-    except (tarfile.TarError, OSError) as e:
+    except tarfile.TarError as e:
         raise UserError(f"{store.uri}/{path_of(digest)}: not a bundle ({e})") from None
     # No cache: an archive's files all have the same time. No more names than the digest covers: a forged
     # `__pycache__` would be imported instead of the source beside it.

@@ -62,6 +62,7 @@ MACHINERY = frozenset(
         ".bundle",
         ".platform",
         ".uri",
+        ".databases",
         ".yamlfile",
         ".registry.tracking",
         ".registry.client",

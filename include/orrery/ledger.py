@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,17 +21,11 @@ from typing import Any, Literal
 import sqlalchemy as sa
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, InterfaceError, OperationalError, ProgrammingError
 
+from orrery.databases import REFUSED, scrub, with_driver
 from orrery.errors import RequestError, TryAgain, UserError
 
 Kind = Literal["run", "decision", "promotion", "rollback"]
 Phase = Literal["intent", "done"]
-
-# What a database says when waiting does not help.
-REFUSED = re.compile(
-    r"authentication failed|no password supplied|permission denied|does not exist|not a database|malformed"
-    r"|readonly|read-only|unable to open database file|no such",
-    flags=re.IGNORECASE,
-)
 
 metadata = sa.MetaData()
 entries = sa.Table(
@@ -75,11 +68,6 @@ class Champion:
     reason: str
 
 
-def with_driver(url: str) -> str:
-    """Return a database's URL with the PostgreSQL driver that every environment has; alone it means psycopg2."""
-    return re.sub(r"^(postgres|postgresql)://", "postgresql+psycopg://", url)
-
-
 @lru_cache(maxsize=8)
 def _engine(url: str, process: int) -> sa.Engine:
     """Return the engine of one process: a connection must not be shared with a fork."""
@@ -113,9 +101,7 @@ def _reachable(url: str) -> Iterator[None]:
         yield
     except DBAPIError as e:
         parsed = sa.engine.make_url(url)
-        said = " ".join(str(e.orig).split())[:400]
-        if parsed.password:
-            said = said.replace(str(parsed.password), "***")
+        said = scrub(str(e.orig), parsed)
         shown = parsed.render_as_string(hide_password=True)
         if REFUSED.search(said) or not isinstance(e, OperationalError | InterfaceError):
             raise UserError(

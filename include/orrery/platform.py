@@ -90,7 +90,7 @@ class Feast(Frozen):
     @classmethod
     def _no_secret(cls, value: str) -> str:
         """These travel in a step's config, so a password is written as $NAME and read from the step's environment."""
-        if has_secret(value):
+        if has_secret(value, references=True):
             raise ValueError("a password must be written as $NAME, the name of a variable in the steps' environment")
         return value
 

@@ -5,10 +5,12 @@ line both come through here, so they cannot differ.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import threading
@@ -24,7 +26,7 @@ from orrery import bundle, platform
 from orrery.contract import Result, StepConfig
 from orrery.errors import Interrupted, OrreryError, TryAgain, UserError
 from orrery.lease import Lease
-from orrery.ledger import Entry, Kind, unfinished
+from orrery.ledger import Entry, Kind, Ledger, unfinished
 from orrery.plan import Plan, Planner, Request, safe_name
 from orrery.store import Store, trouble
 
@@ -152,21 +154,27 @@ def _scratch() -> Iterator[Path]:
     """Make a step's own temporary folder; remove it when the step has ended, however: killed, it cannot itself.
 
     It lies under var/tmp, with all other state; where that makes a long path, in the system's, since the
-    sockets that libraries put there may have 107 characters. Its name begins with the number of this process,
-    so that the next one removes what a killed one left.
+    sockets that libraries put there may have 107 characters. Its name begins with this machine and the number
+    of this process, so that the next one here removes what a killed one left.
     """
     home = platform.home() / "var" / "tmp"
     with trouble(str(home)):
         home.mkdir(parents=True, exist_ok=True)
         for left in home.iterdir():
-            if not _runs(left.name.partition("-")[0]):
+            machine, number, *_ = f"{left.name}--".split("-")
+            if machine == _machine() and not _runs(number):
                 shutil.rmtree(left, ignore_errors=True)
         parent = home if len(str(home)) <= LONGEST_TMP else None
-        folder = tempfile.mkdtemp(prefix=f"{os.getpid()}-" if parent else "orrery-", dir=parent)
+        folder = tempfile.mkdtemp(prefix=f"{_machine()}-{os.getpid()}-" if parent else "orrery-", dir=parent)
     try:
         yield Path(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _machine() -> str:
+    """Return a short name of this machine or container: process numbers of another mean nothing here."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
 
 
 def _runs(pid: str) -> bool:
@@ -332,8 +340,12 @@ def _intend(planner: Planner, request: Request, plan: Plan) -> Entry:
         same = all(entry.payload[field] == payload[field] for field in ("version", "model"))
         if entry.kind == kind and same:
             return entry
-    planner.ledger.record(request.project, kind, plan.config.run, "intent", request.actor, payload)
-    found = planner.ledger.get(request.project, kind, plan.config.run, "intent")
+    key = plan.config.run
+    if planner.ledger.get(request.project, kind, key, "intent") is not None:
+        # A run of this name has changed the champion before (its run was deleted since): this is another change.
+        key = f"{key}-{plan.config.requested}"
+    planner.ledger.record(request.project, kind, key, "intent", request.actor, payload)
+    found = planner.ledger.get(request.project, kind, key, "intent")
     assert found is not None
     return found
 
@@ -349,12 +361,7 @@ def _kind(request: Request) -> Kind:
 
 def _record(planner: Planner, request: Request, plan: Plan, result: Result) -> None:
     """Append the attempt (and a gate's decision) to the ledger, once."""
-    payload = json.loads(
-        result.model_dump_json(include={"status", "verdict", "skipped", "seconds", "output", "digest", "metrics"})
-    )
-    payload |= {"verb": request.verb, "key": request.key, "attempt": plan.config.folder, "reasons": result.reasons}
-    if result.error:
-        payload["error"] = result.error.message
+    payload = _payload(request.verb, request.key, plan.config.folder, result)
     if request.verb == "register" and "model_version" in result.facts:
         payload |= {"version": result.facts["model_version"], "model": plan.config.inputs["candidate"][0].path}
     planner.ledger.record(request.project, "run", plan.config.folder, "done", request.actor, payload)
@@ -364,15 +371,28 @@ def _record(planner: Planner, request: Request, plan: Plan, result: Result) -> N
         )
 
 
+def _payload(verb: str, key: str, attempt: str, result: Result) -> dict[str, Any]:
+    """Return what the ledger keeps of an attempt."""
+    told = {"status", "verdict", "skipped", "seconds", "output", "digest", "metrics", "reasons"}
+    payload: dict[str, Any] = json.loads(result.model_dump_json(include=told))
+    payload |= {"verb": verb, "key": key, "attempt": attempt}
+    if result.error:
+        payload["error"] = result.error.message
+    return payload
+
+
 def record_skip(planner: Planner, request: Request, why: str) -> Result:
     """Record that there was nothing to do, and return that as the result."""
     result = Result(verdict="skipped", skipped=why, reasons=[why])
-    payload: dict[str, Any] = {"verb": request.verb, "key": request.key, "status": result.status}
-    payload["verdict"] = result.verdict
-    payload |= {"skipped": why, "reasons": result.reasons, "seconds": {}, "metrics": {}}
-    key = f"{request.project}/runs/{safe_name(request.run)}/{request.task}-{request.key}/{request.attempt}"
-    planner.ledger.record(request.project, "run", key, "done", request.actor, payload)
+    record_unstarted(planner.ledger, request, request.key, result)
     return result
+
+
+def record_unstarted(book: Ledger, request: Request, key: str, result: Result) -> None:
+    """Record an attempt that ended before any process was started: nothing to do, or refused."""
+    attempt = f"{request.project}/runs/{safe_name(request.run)}/{safe_name(f'{request.task}-{key}')}/{request.attempt}"
+    payload = _payload(request.verb, key, attempt, result)
+    book.record(request.project, "run", f"{attempt}-unstarted", "done", request.actor, payload)
 
 
 def relay(line: str, emit: Callable[[int, str, dict[str, Any]], None]) -> None:

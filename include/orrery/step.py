@@ -172,6 +172,11 @@ class Work:
                 return
             self.store.remove(self.attempt_folder)
 
+    def fence(self) -> None:
+        """Raise `Fenced` when a newer attempt has taken over; before anything that a commit cannot undo."""
+        if self._lease:
+            self._lease.check()
+
     def commit(self, result: Result) -> Manifest:
         """Put the manifest. The first commit at an address wins; a later one is given the first's."""
         files = dict(self._adopted)
@@ -198,8 +203,7 @@ class Work:
         for ref in {r.path: r for refs in config.inputs.values() for r in refs}.values():
             address = ref.path.split("/")[-2]
             self.store.put_if_absent(f"{config.project}/dependents/{address}/{config.verb}.{self.address}", b"")
-        if self._lease:
-            self._lease.check()
+        self.fence()
         self._committing = True
         if not self.store.put_if_absent(manifest.path, manifest.model_dump_json(indent=1).encode()):
             self._committing = False
@@ -215,8 +219,7 @@ class Work:
         config, dataset = self.config, self.verb.dataset
         if dataset is None or not config.publish:
             return
-        fence = self._lease.check if self._lease else lambda: None
-        before = self.store.publish(config.project, dataset, config.key, manifest, _now(), fence)
+        before = self.store.publish(config.project, dataset, config.key, manifest, _now(), self.fence)
         old = self.store.manifest(before.manifest) if before else None
         if old is not None and old.digest != manifest.digest:
             stale = self.store.dependents(old)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-# user:password@, but for a port before an @ of the path; `$NAME` is a reference, not a password.
-_LOGIN = re.compile(r"://[^/@:]*:(?!\d{1,5}(?:/|$))(?!\$)[^@]+@")
-_QUERY = re.compile(r"[?&](?:password|passwd|secret|token|sig|x-amz-signature)=(?!\$)[^&]", flags=re.IGNORECASE)
+# user:password@, but for a port before an @ of the path.
+_LOGIN = re.compile(r"://[^/@:]*:(?!\d{1,5}(?:/|$))(?P<secret>[^@]+)@")
+_QUERY = re.compile(r"[?&][\w-]*(?:token|secret|password|passwd|key|sig|signature)=(?P<secret>[^&]+)", re.IGNORECASE)
 
 
-def has_secret(uri: str) -> bool:
-    """Tell whether a URI carries a password: it would be written into configs, logs and the ledger."""
-    return bool(_LOGIN.search(uri) or _QUERY.search(uri))
+def has_secret(uri: str, *, references: bool = False) -> bool:
+    """Tell whether a URI carries a password: it would be written into configs, logs and the ledger.
+
+    With `references`, `$NAME` stands for a variable that is read later, and is no password.
+    """
+    found = [match["secret"] for pattern in (_LOGIN, _QUERY) for match in pattern.finditer(uri)]
+    return any(not (references and secret.startswith("$")) for secret in found)
 
 
 def masked(uri: str) -> str:

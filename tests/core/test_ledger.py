@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import exc
 
+from orrery.databases import with_driver
 from orrery.errors import OrreryError, RequestError, TryAgain, UserError
-from orrery.ledger import Ledger, _reachable, moment, with_driver
+from orrery.ledger import Ledger, _reachable, moment
 
 WRITER = """
 import sys

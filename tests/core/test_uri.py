@@ -15,12 +15,14 @@ SECRET = [
     "postgresql+psycopg://me:hunter2@db/x",
     "https://host/x.csv?token=hunter2",
     "https://host/x.csv?a=1&X-Amz-Signature=hunter2",
+    "https://host/x.csv?access_token=hunter2",
+    "https://host/x.csv?api_key=hunter2",
+    "s3://key:$hunter2@bucket/x",
 ]
 OPEN = [
     "s3://bucket/a:b@c/{partition}.parquet",
     "http://host:8080/a@b.csv",
     "https://me@host/x.csv",
-    "postgresql://me:$PASSWORD@db/x",
     "file:///srv/2013:01@x.csv",
     "${data}/x/{partition}.csv?versionId=3",
     "/srv/x.csv",
@@ -36,6 +38,12 @@ def test_a_password_is_found_and_hidden(uri: str) -> None:
 @pytest.mark.parametrize("uri", OPEN)
 def test_what_is_no_password(uri: str) -> None:
     assert not has_secret(uri)
+
+
+def test_a_variable_is_no_password_where_it_is_read_later() -> None:
+    assert not has_secret("postgresql://me:$PASSWORD@db/x", references=True)
+    assert has_secret("postgresql://me:$PASSWORD@db/x")
+    assert has_secret("postgresql://me:hunter2@db/x?password=$PASSWORD", references=True)
 
 
 def test_what_is_shown_is_still_an_address() -> None:

@@ -37,6 +37,13 @@ def test_a_note_tells_how_each_step_ended_at_last(tmp_path: Path, monkeypatch: p
     record(2, "done", reasons=["28,330 rows"])
     assert note("flight_delay", "r") == "score 2013-04: done\n- 28,330 rows"
     assert note("flight_delay", "another") == ""
+    # Refused before it was known on what, then tried again: only the end counts.
+    refused = {"verb": "ingest", "key": "", "status": "try_again", "error": "the store does not answer"}
+    ledger.record("flight_delay", "run", "flight_delay/runs/s/ingest-/1-unstarted", "done", "ada", refused)
+    assert note("flight_delay", "s") == "ingest: the store does not answer"
+    done = {"verb": "ingest", "key": "2013-04", "status": "done", "verdict": None, "skipped": None, "reasons": []}
+    ledger.record("flight_delay", "run", "flight_delay/runs/s/ingest-2013-04/2", "done", "ada", done)
+    assert note("flight_delay", "s") == "ingest 2013-04: done"
 
 
 def test_buttons_point_to_mlflow_or_to_the_evidence_of_the_dag() -> None:

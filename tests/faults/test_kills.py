@@ -71,7 +71,9 @@ def kill_once(loop: Loop, verb: str, key: str, more: tuple[str, ...], after: flo
     except subprocess.TimeoutExpired:
         pass
     below = descendants(process.pid)
-    targets = {"orchestrator": [process.pid], "step": below[:1], "all": [*below, process.pid]}[whom]
+    # Before there is a step, its orchestrator is what can be killed.
+    step = below[:1] or [process.pid]
+    targets = {"orchestrator": [process.pid], "step": step, "all": [*below, process.pid]}[whom]
     for pid in targets:
         try:
             os.kill(pid, signal.SIGKILL)

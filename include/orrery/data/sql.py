@@ -8,11 +8,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from urllib.parse import quote, quote_plus
 
 import pyarrow as pa
 import sqlalchemy as sa
@@ -20,14 +18,8 @@ import sqlalchemy as sa
 from orrery.data.files import Stream
 from orrery.data.snapshot import INSTANT
 from orrery.data.tables import ROW_GROUP
+from orrery.databases import REFUSED, scrub, with_driver
 from orrery.errors import DataError, OrreryError, TryAgain, UserError, nearest
-
-# What a server says when it is there and refuses us: no later attempt of the same would do better.
-REFUSED = re.compile(
-    r"authentication failed|access denied|permission denied|does not exist|unknown database|no such|not a database"
-    r"|no password supplied",
-    flags=re.IGNORECASE,
-)
 
 
 @contextlib.contextmanager
@@ -59,7 +51,7 @@ def read(secret_env: str, table: str, time_column: str, bounds: tuple[datetime, 
 
 def _url(text: str, secret_env: str) -> sa.URL:
     # Airflow and Heroku write postgres://; SQLAlchemy knows the driver by name.
-    text = re.sub(r"^(postgres|postgresql)://", "postgresql+psycopg://", text)
+    text = with_driver(text)
     try:
         url = sa.make_url(text)
         url.get_dialect()
@@ -80,24 +72,15 @@ def _hidden(url: sa.URL, table: str) -> Iterator[None]:
     except OrreryError:
         raise
     except (ValueError, TypeError) as e:  # a value that the driver cannot read as its column's declared type
-        raise DataError(
-            f"{where}: {_scrub(str(e), url)}", hint="correct the value, or leave it out by a view"
-        ) from None
+        raise DataError(f"{where}: {scrub(str(e), url)}", hint="correct the value, or leave it out by a view") from None
     except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as e:
-        said = _scrub(str(getattr(e, "orig", None) or e), url)
+        said = scrub(str(getattr(e, "orig", None) or e), url)
         if REFUSED.search(said):
             raise UserError(f"{where}: {said}", hint="check the connection's login, database and grants") from None
         raise TryAgain(f"{where} is out of reach: {said}") from None
     except sa.exc.SQLAlchemyError as e:
-        said = _scrub(str(getattr(e, "orig", None) or e), url)
+        said = scrub(str(getattr(e, "orig", None) or e), url)
         raise UserError(f"{where}: {said}", hint="check the table and the grants of the connection's user") from None
-
-
-def _scrub(text: str, url: sa.URL) -> str:
-    password = str(url.password or "")
-    for form in {password, quote(password, safe=""), quote_plus(password), url.render_as_string(False)} - {""}:
-        text = text.replace(form, "***")
-    return " ".join(text.split())[:400]
 
 
 def _reflect(connection: sa.Connection, table: str) -> sa.Table:

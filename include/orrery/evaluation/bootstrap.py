@@ -27,9 +27,10 @@ from orrery.evaluation.metrics import Array
 
 # Counts of a chunk of draws: about 8 MB per array, which stays near the caches.
 CHUNK_CELLS = 1_000_000
-# On huge holdouts the interval is narrow and fewer draws do: 1M rows take 200 draws, some ten seconds.
+# On huge holdouts the interval of drawn rows is narrow and fewer draws do: 1M rows take 200 draws, some ten
+# seconds. Days are as few as ever and their extremes count: with 200 draws the seed could turn the verdict.
 MAX_CELLS = 200_000_000
-MIN_DRAWS = 200
+MIN_DRAWS = {"row": 200, "day": 1_000}
 CONFIDENCE = 0.95
 # Fewer days than this say too little about how days differ (Cameron et al. 2008 study five to thirty clusters).
 MIN_DAYS = 10
@@ -126,7 +127,7 @@ def differences(
     """
     by = by or Units("row", rows)
     sign = 1.0 if higher_is_better else -1.0
-    draws = min(draws, max(MIN_DRAWS, MAX_CELLS // max(rows, 1)))
+    draws = min(draws, max(MIN_DRAWS[by.by], MAX_CELLS // max(rows, 1)))
     found: dict[str, list[Array]] = {name: [] for name in others}
     rng = np.random.default_rng(seed)
     for counts in _counts(rng, rows, by, draws):

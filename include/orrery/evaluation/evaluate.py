@@ -94,6 +94,7 @@ def _champion(
         if champion.schema.task != work.spec.task:
             raise DataError(f"the champion of {training.key} was trained for {champion.schema.task}")
         values = champion.predict(table)
+        _holdout_start(work, training)  # that it can be told what the champion has seen
     except UserError as e:  # its file is gone or cannot be loaded, or the features are others now
         work.log.warning(f"the champion cannot be compared: {e.message}")
         return e.message, None, candidate.schema.classes

@@ -2,8 +2,9 @@
 
 A candidate is promoted when every check passes: each bound of the spec, the disparity, better than the
 baseline and better than the champion by more than chance (the 95 % interval of the paired bootstrap lies
-above zero), and nothing that looks like a leaked label. A number that is missing or not finite refuses; so
-does a tie. A refusal is a good end: the verdict is `kept` and the step is done.
+above zero) on rows that the champion has not seen, and nothing that looks like a leaked label. A number that
+is missing or not finite refuses; so does a tie. A refusal is a good end: the verdict is `kept` and the step
+is done.
 
 What the leak alarm sees: a holdout that is predicted too well, or one feature that does nearly all the work.
 What no number of this evaluation can show: a leak into the holdout that is weak, spread over many features,

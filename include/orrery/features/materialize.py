@@ -44,6 +44,7 @@ def run(work: Work, params: MaterializeParams) -> Result:
         from orrery.features.online import Home, push
 
         home = Home(work.config.project, params.feast_registry, params.feast_online)
+        work.fence()  # an orphan must not push its older rows over those of its retry
         pushed = push(definitions, {view.name: table for view, table in known}, home)
         work.log.info("online", **pushed)
     return _result(work, features, known)

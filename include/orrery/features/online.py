@@ -21,12 +21,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from orrery.data.tables import PREDICTION_TIME
+from orrery.databases import REFUSED
 from orrery.errors import DataError, RequestError, TryAgain, UserError
 from orrery.features.definitions import Definitions, View
 from orrery.features.join import check_names, feast_type, typed, values_of
 from orrery.features.known import latest_of_all
 from orrery.features.quick_feast import feast, quiet
 from orrery.features.shapes import AVAILABLE_TIME, UTC, derived_online, join_column, statics
+from orrery.store import trouble
 
 # Beside a view's values; no value of a view can begin with `_`.
 AVAILABLE = "_available"
@@ -277,8 +279,10 @@ def _alone(home: Home) -> Iterator[None]:
     if home.folder is None:
         yield
         return
-    home.folder.mkdir(parents=True, exist_ok=True)
-    with (home.folder / ".lock").open("w") as file:
+    with contextlib.ExitStack() as stack:
+        with trouble(str(home.folder)):
+            home.folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((home.folder / ".lock").open("w"))
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -291,5 +295,9 @@ def _reaching(home: Home) -> Iterator[None]:
             yield
     except Exception as e:
         if type(e).__name__ in OUT_OF_REACH or isinstance(e, ConnectionError):
-            raise TryAgain(f"the online features of {home.project} cannot be reached ({type(e).__name__})") from e
+            said = f"the online features of {home.project} cannot be reached ({type(e).__name__})"
+            if REFUSED.search(str(e)):
+                hint = "check feast in platform.yaml: login, grants, or that the folder may be written"
+                raise UserError(said, hint=hint) from e
+            raise TryAgain(said) from e
         raise

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from airflow.sdk import Asset
 
+# The verbs with a Dag of their own, `<project>.<verb>`.
+DAGS = ("ingest", "train", "score")
+
 
 def asset(project: str, dataset: str) -> Asset:
     """Return the asset of one of a project's datasets: raw, features, candidate, champion, scores."""

@@ -15,11 +15,11 @@ from fastapi import Depends, FastAPI, HTTPException, Response
 
 from orrery import platform
 from orrery.errors import OrreryError
+from orrery.orchestration.assets import DAGS
 from orrery.store import Store
 
 MAX_BYTES = 50 << 20
 EVIDENCE_PATH = re.compile(r"^[a-z][a-z0-9_]{0,62}/runs/[^/]+/[^/]+/[0-9]+/evidence/.+$", flags=re.ASCII)
-VERBS_OF_DAGS = ("ingest", "train", "score")
 HEADERS = {
     "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src 'self' data:",
     "X-Content-Type-Options": "nosniff",
@@ -42,7 +42,7 @@ def evidence(dag_id: str, path: str) -> Response:
     """Return one file of an attempt's evidence. 404 for anything that is not evidence of this Dag's project."""
     project, _, verb = dag_id.partition(".")
     # Only Dags that there are: who may read what is asked of the Dag, and nobody owns one that does not exist.
-    known = verb in VERBS_OF_DAGS and EVIDENCE_PATH.match(path) and path.startswith(f"{project}/")
+    known = verb in DAGS and EVIDENCE_PATH.match(path) and path.startswith(f"{project}/")
     if not known:
         raise HTTPException(404, "not a file of this project's evidence")
     try:

@@ -8,10 +8,11 @@ and comes first, since the UI shows a note by its first line.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from airflow.listeners import hookimpl
 
+from orrery.orchestration.assets import DAGS
 from orrery.orchestration.params import run_name
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Notes:
 
     def _note(self, dag_run: DagRun) -> None:
         project, _, verb = dag_run.dag_id.partition(".")
-        if verb not in ("ingest", "train", "score"):
+        if verb not in DAGS:
             return
         try:
             if text := note(project, run_name(dag_run)):
@@ -64,7 +65,8 @@ def merged(before: str | None, text: str) -> str:
     """Return the note with our part new, above what a person wrote."""
     ours, mark, theirs = (before or "").partition(MARK)
     theirs = theirs if mark else ours
-    kept = f"\n{theirs.strip()}"[: MAX_LENGTH // 2] if theirs.strip() else ""
+    room = max(MAX_LENGTH // 2, MAX_LENGTH - len(MARK) - len(text))
+    kept = f"\n{theirs.strip()}"[:room] if theirs.strip() else ""
     return text[: MAX_LENGTH - len(MARK) - len(kept)] + MARK + kept
 
 
@@ -75,11 +77,14 @@ def note(project: str, run: str) -> str:
 
     prefix = f"{project}/runs/{run}/"
     entries = Ledger(platform.load().ledger).find(project, "run", prefix=prefix)
-    last = {(entry.payload["verb"], entry.payload["key"]): entry.payload for entry in entries}
+    last: dict[tuple[str, str], dict[str, Any]] = {}
+    for p in (entry.payload for entry in entries):
+        last.pop((p["verb"], ""), None)  # refused before it was known on what; tried again since
+        last[p["verb"], p["key"]] = p
     lines: list[str] = []
     for (verb, key), p in last.items():
         if p["status"] != "done":
-            lines.append(f"{verb} {key}: {p.get('error', p['status'])}")
+            lines.append(f"{verb} {key}".strip() + f": {p.get('error', p['status'])}")
         elif verb in ("ingest", "gate", "promote", "score"):
             lines.append(f"{verb} {key}: {p.get('verdict') or p.get('skipped') or 'done'}")
             lines.extend(f"- {reason}" for reason in p.get("reasons", ())[:12])

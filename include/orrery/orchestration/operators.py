@@ -10,13 +10,13 @@ from airflow.sdk import BaseOperator
 from airflow.sdk.exceptions import AirflowSkipException
 
 from orrery import platform
-from orrery.contract import STATUS_OF_CODE, VERBS, Result
+from orrery.contract import STATUS_OF_CODE, VERBS, Result, StepError
 from orrery.errors import OrreryError, RequestError, UserError
 from orrery.ledger import Ledger
 from orrery.log import shown
 from orrery.orchestration import links, params
 from orrery.plan import Plan, Planner, Request
-from orrery.runner import LocalProcess, record_skip, relay, run
+from orrery.runner import LocalProcess, record_skip, record_unstarted, relay, run
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -138,18 +138,13 @@ class StepOperator(BaseOperator):
     def _record_refusal(self, context: Context, error: OrreryError) -> None:
         """Write into the ledger why no attempt was even started: the note on the run is made of it."""
         run, ti = context["dag_run"], context["ti"]
-        key = f"{self.project}/runs/{params.run_name(run)}/{ti.task_id}-refused/{ti.try_number}"
-        status = STATUS_OF_CODE.get(error.exit_code, "bug")
-        payload: dict[str, Any] = {
-            "verb": self.verb,
-            "key": str(run.partition_key or ""),
-            "status": status,
-            "attempt": key,
-        }
-        payload |= {"verdict": None, "skipped": None, "error": error.message, "reasons": [], "metrics": {}}
-        actor = run.triggering_user_name or "airflow"
+        told = StepError(kind=type(error).__name__, message=error.message)
+        result = Result(status=STATUS_OF_CODE.get(error.exit_code, "bug"), error=told)
+        request = Request(
+            self.project, self.verb, (), params.run_name(run), ti.task_id, ti.try_number, actor=params.actor(run)
+        )
         try:
-            Ledger(platform.load().ledger).record(self.project, "run", key, "done", actor, {**payload, "seconds": {}})
+            record_unstarted(Ledger(platform.load().ledger), request, "", result)
         except OrreryError as e:
             log.warning("the refusal is not in the ledger: %s", e)
 

@@ -69,8 +69,7 @@ def read(context: Mapping[str, Any], planner: Planner, *, window: bool) -> Asked
             hint="give one",
         )
     keys = _keys(given or run.partition_key, planner, window=window)
-    actor = run.triggering_user_name or f"airflow ({_value(run.run_type)})"
-    return Asked(keys, str(params["reason"]), bool(params["force"]), bool(params["dry_run"]), actor)
+    return Asked(keys, str(params["reason"]), bool(params["force"]), bool(params["dry_run"]), actor(run))
 
 
 def _keys(text: str | None, planner: Planner, *, window: bool) -> tuple[str, ...]:
@@ -87,6 +86,11 @@ def _keys(text: str | None, planner: Planner, *, window: bool) -> tuple[str, ...
     if last or ".." not in text:
         return partitions.window_ending(last or text, grain, length)
     return partitions.window(text, grain)
+
+
+def actor(dag_run: Any) -> str:
+    """Return who asked: the authenticated user, or what started the run."""
+    return dag_run.triggering_user_name or f"airflow ({_value(dag_run.run_type)})"
 
 
 def run_name(dag_run: Any) -> str:

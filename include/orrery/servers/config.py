@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from orrery.databases import with_driver
 from orrery.errors import UserError
-from orrery.ledger import with_driver
 from orrery.servers.processes import MARKER
 
 ServerName = Literal["airflow", "mlflow"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import inspect
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -88,9 +89,11 @@ def told(what: str, *, only_theirs: bool = False) -> Iterator[None]:
     """
     try:
         yield
-    except OrreryError:
+    except (OrreryError, MemoryError):  # a machine's fault, not a line's
         raise
     except Exception as e:
+        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         line = _line(e)
         if only_theirs and not line:
             raise
