@@ -343,7 +343,7 @@ def _intend(planner: Planner, request: Request, plan: Plan) -> Entry:
     key = plan.config.run
     if planner.ledger.get(request.project, kind, key, "intent") is not None:
         # A run of this name has changed the champion before (its run was deleted since): this is another change.
-        key = f"{key}-{plan.config.requested}"
+        key = f"{key}-{os.urandom(4).hex()}"
     planner.ledger.record(request.project, kind, key, "intent", request.actor, payload)
     found = planner.ledger.get(request.project, kind, key, "intent")
     assert found is not None

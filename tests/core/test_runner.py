@@ -387,6 +387,17 @@ def test_only_the_same_change_is_taken_over(house: House) -> None:
     assert unfinished(book().find("delays")) == []  # overtaken: nobody will finish it, and nobody should
 
 
+def test_a_run_whose_name_was_used_before_records_its_own_change(house: House) -> None:
+    """REST may name a run as one that was deleted: its promotion is another one all the same."""
+    first = house.verdict("2013-01..2013-01")
+    runner.run(house.planner(), promotion(house), forked(house))
+    house.verdict("2013-02..2013-02", version="2", champion=first)
+    runner.run(house.planner(), promotion(house, "2", "run-1", key="2013-02"), forked(house))
+    assert phases() == [("intent", "1"), ("done", "1"), ("intent", "2"), ("done", "2")]
+    champion = book().champion("delays")
+    assert champion is not None and champion.version == "2"
+
+
 def test_a_rollback_holds_for_the_champion_it_was_chosen_from(house: House) -> None:
     models = {v: house.verdict(f"2013-0{v}..2013-0{v}") for v in ("1", "2", "3")}
     for version in ("1", "2"):

@@ -4,7 +4,8 @@ Each draw takes N of N units with replacement and measures both models on the sa
 of the differences is what the gate reads. Rows of one day share causes (a storm, a strike), so where the holdout
 spans days enough the unit is the whole UTC day of `prediction_time`: the cluster bootstrap (Davison & Hinkley 1997,
 ch. 3; Cameron, Gelbach & Miller 2008). With fewer than `MIN_DAYS` days the unit is the row, and the true
-interval may be wider; the report says which it was.
+interval may be wider; the report says which it was. Neighbouring days are not quite independent either (one
+evening's storm may cross midnight UTC), so what is left out makes the interval somewhat too narrow, not too wide.
 
 A percentile interval of few units is too narrow, by sqrt((n - 1) / n) and by taking a normal quantile for Student's
 t; so its percentiles are moved outwards by just that much (the expanded percentile interval of Hesterberg 2015).
