@@ -259,6 +259,9 @@ def main() -> int:
     except OrreryError as e:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]the demo failed:[/] {escape(str(e))}")
         return e.exit_code
+    except OSError as e:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]the demo failed:[/] {escape(str(e))}")
+        return 64
     except KeyboardInterrupt:
         console.print("\nstopped; the servers still run: `make status`, `make down`")
         return 130

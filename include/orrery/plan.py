@@ -145,7 +145,8 @@ class Planner:
         verdict = self.store.need(inputs["verdict"][0])
         if verdict.result["verdict"] == "promote":
             return None
-        return Result(verdict="kept", skipped="the gate kept the champion", reasons=list(verdict.result["reasons"]))
+        why = "the gate kept the champion" if self.champion() else "the gate refused the candidate"
+        return Result(verdict="kept", skipped=why, reasons=list(verdict.result["reasons"]))
 
     def _fingerprint(
         self,
@@ -318,7 +319,10 @@ class Planner:
     def _inputs_score(self, request: Request) -> dict[str, tuple[Ref, ...]]:
         champion = self.champion()
         if champion is None:
-            raise RequestError(f"{self.project} has no champion yet", hint=f"run {self.project}.train")
+            raise RequestError(
+                f"{self.project} has no champion yet",
+                hint=f"run {self.project}.train; why a candidate was refused: orrery ledger {self.project}",
+            )
         return {"features": (self._fresh_features(request.key),), "model": (self._model_of(champion).ref,)}
 
     def champion(self) -> Champion | None:
@@ -393,6 +397,9 @@ class Planner:
 
 
 def safe_name(text: str) -> str:
-    """Return `text` as one segment of a store path: what is not plain becomes `_` (plus a digest then)."""
+    """Return `text` as one segment of a store path, at most 120 characters; a safe name stays as it is.
+
+    What is not plain becomes `_`, what is too long is cut; a digest then keeps two names apart.
+    """
     plain = re.sub(r"[^A-Za-z0-9_.=+-]", "_", text, flags=re.ASCII).lstrip(".-=+")[:120] or "_"
-    return plain if plain == text else f"{plain}-{fingerprint.digest(text)[:8]}"
+    return plain if plain == text else f"{plain[:111]}-{fingerprint.digest(text)[:8]}"

@@ -5,6 +5,7 @@ Steps never read this: what they need is in their config, and secrets are in the
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from functools import lru_cache
@@ -180,12 +181,23 @@ def load(file: Path | None = None) -> Platform:
     key = (
         str(file),
         str(home()),
-        *(os.environ.get(v) for v in (*ADDRESSES.values(), "ORRERY_FEAST", "ORRERY_STAGE", "ORRERY_MLFLOW_PORT")),
+        _mlflow_port(),
+        *(os.environ.get(v) for v in (*ADDRESSES.values(), "ORRERY_FEAST", "ORRERY_STAGE")),
     )
     try:
         return _load(key, file.stat().st_mtime_ns)
     except OSError as e:
         raise SpecError(f"{file}: {e.strerror}", hint="set ORRERY_PLATFORM") from None
+
+
+def _mlflow_port() -> str:
+    """Return where the local MLflow listens: as it was started, from whatever shell is asked; else as it would be."""
+    try:
+        running = json.loads((home() / "var" / "run" / "mlflow.json").read_bytes())
+        started = str(int(running["port"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        started = "5500"
+    return os.environ.get("ORRERY_MLFLOW_PORT") or started
 
 
 @lru_cache(maxsize=8)
@@ -198,7 +210,7 @@ def _load(key: tuple[str | None, ...], mtime: int) -> Platform:
     if os.environ.get("ORRERY_FEAST"):
         data["feast"] = {**(data.get("feast") or {}), "registry": os.environ["ORRERY_FEAST"]}
     platform = yamlfile.validate(Platform, data, lines, file)
-    values = {"root": root, "mlflow_port": os.environ.get("ORRERY_MLFLOW_PORT", "5500")}
+    values = {"root": root, "mlflow_port": str(key[2])}
     fields = {f: substitute(getattr(platform, f), values, f"{file}: {f}") for f in ADDRESSES}
     for field in ("store", "data"):
         if has_secret(fields[field]):

@@ -273,7 +273,7 @@ def test_a_refused_candidate_ends_green_before_anything_is_started(house: House)
     for verb, options in (("register", {}), ("promote", {"version": "1"})):
         done = house.planner().plan(house.request(verb, options=options)).done
         assert done is not None
-        assert (done.status, done.verdict, done.skipped) == ("done", "kept", "the gate kept the champion")
+        assert (done.status, done.verdict, done.skipped) == ("done", "kept", "the gate refused the candidate")
         assert done.reasons == ["auc 0.8 is above 0.7"]
 
 
@@ -326,6 +326,13 @@ def test_any_run_id_becomes_one_plain_segment(house: House, run: str) -> None:
     assert plan.config.folder.count("/") == 4
     house.store.full(plan.config.folder)
     assert house.tell(plan.config)[0] == 0
+
+
+def test_a_safe_name_stays_as_it_is() -> None:
+    """A run's name is made safe where it comes in and again where a path is made of it."""
+    for text in ("a" * 300, "flight_delay.train--" + "x/" * 60, "a b", "plain"):
+        assert safe_name(safe_name(text)) == safe_name(text)
+        assert len(safe_name(text)) <= 120
 
 
 def test_safe_names_differ_when_the_texts_do() -> None:

@@ -28,6 +28,19 @@ def test_variables_win_over_the_file_and_placeholders_are_filled(house: House, m
     assert platform.load().data == "s3://elsewhere/x"
 
 
+def test_another_shell_finds_the_mlflow_that_runs(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Started with a port of its own; the next shell knows nothing of it, and 5500 may be somebody else's."""
+    write(house, PLATFORM + "mlflow: http://127.0.0.1:${mlflow_port}\n")
+    for name in ("ORRERY_MLFLOW", "ORRERY_MLFLOW_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert platform.load().mlflow == "http://127.0.0.1:5500"
+    (house.home / "var" / "run").mkdir(parents=True)
+    (house.home / "var" / "run" / "mlflow.json").write_text('{"pid": 1, "port": 15500}')
+    assert platform.load().mlflow == "http://127.0.0.1:15500"
+    monkeypatch.setenv("ORRERY_MLFLOW_PORT", "5599")
+    assert platform.load().mlflow == "http://127.0.0.1:5599"
+
+
 def test_relative_places_mean_the_same_from_every_folder(
     house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -43,6 +43,10 @@ def test_a_password_in_a_uri_is_refused_and_not_repeated(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("old", "new", "line", "parts"),
     [
+        ("owner: ops", "schedule: 99 6 * * *\nowner: ops", "owner", ["schedule: cron: minute '99' is not in 0 to 59"]),
+        ("owner: ops", "schedule: 0 6 * *\nowner: ops", "owner", ["schedule: a cron has five fields", "not 4"]),
+        ("owner: ops", "schedule: 0 6 */0 * *\nowner: ops", "owner", ["day of the month '*/0'"]),
+        ("owner: ops", "schedule: 0 6 * foo *\nowner: ops", "owner", ["month 'foo'"]),
         ("owner: ops", "ownr: ops", "owner", ["ownr: no such field", "did you mean 'owner'?", "schedule"]),
         ("task: binary", "task: binry", "task", ["task: 'binry' is not allowed", "did you mean 'binary'?", "regression"]),
         ("version: 1", "version: 2", "version", ["version: ", "2"]),

@@ -239,7 +239,7 @@ def test_strays_are_found_by_their_marker_wherever_they_went(home: Path, monkeyp
     other = sleeper(home / "elsewhere")
     monkeypatch.setattr(processes.end, "__defaults__", (0.5,))
     try:
-        assert "2 processes were left behind" in servers.statuses(home)[0].detail
+        assert "left behind: 2 processes" in servers.statuses(home)[0].detail
         console = quiet()
         servers.down(home, console=console)
         assert "Airflow: ended 2 processes" in printed(console)

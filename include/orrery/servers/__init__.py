@@ -148,7 +148,8 @@ def statuses(home: Path | None = None) -> list[ServerStatus]:
         record = _read(home, name)
         if record is None or not record.process.alive():
             strays = len(processes.family(config.marker(home, name)))
-            detail = f"{strays} processes were left behind: `orrery down` ends them" if strays else ""
+            left = f"left behind: {strays} processes; `orrery up` replaces them, `orrery down` ends both servers"
+            detail = left if strays else ""
             elsewhere = masked(os.environ["ORRERY_MLFLOW"]) if name == "mlflow" and _mlflow_elsewhere() else None
             found.append(ServerStatus(name, "elsewhere" if elsewhere else "stopped", elsewhere or "", detail=detail))
             continue

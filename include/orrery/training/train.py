@@ -118,6 +118,8 @@ def _result(
         "features": {"numeric": len(schema.numeric), "categorical": len(schema.categorical)},
     }
     result = Result(metrics=metrics, facts=facts)
+    if trained.history and trained.facts.get("best_epoch") == len(trained.history):
+        result.reasons.append(f"the last of {len(trained.history)} epochs was the best: more of them may do better")
     if page := _tracked(work, {**trained.params, "seed": params.seed, "processes": params.processes}, trained, metrics):
         result.links["MLflow run"] = page
     return result
