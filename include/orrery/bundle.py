@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import io
+import os
 import sys
 import tarfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +22,7 @@ MAX_BYTES = 20 << 20
 # Documents for people change no result, so they change no digest; caches are nobody's code.
 IGNORED_SUFFIXES = (".md", ".pyc", ".png")
 IGNORED_NAMES = ("__pycache__", "tests")
+FORKED = 70  # exit code of a fork that is ended; nobody waits for it but the code that made it
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,23 @@ def fetch(store: Store, digest: str, target: Path) -> Path:
     return target
 
 
+@contextlib.contextmanager
+def one_process(what: str) -> Iterator[None]:
+    """End a process that was forked below and comes back from there: only the one that went in goes on.
+
+    Two processes in one attempt would write the same files, and the loser's cleanup would remove the winner's.
+    What libraries fork (loaders, pools) ends by itself and never comes back through here.
+    """
+    before = os.getpid()
+    try:
+        yield
+    finally:
+        if os.getpid() != before:
+            # Not the logger: whoever held its lock at the fork does not exist in this process.
+            os.write(2, f"{what} has forked: the forked process ends here, the step goes on in {before}\n".encode())
+            os._exit(FORKED)
+
+
 def load_module(folder: Path, project: str, module: str) -> ModuleType:
     """Import `<folder>/<module>.py` as `orrery_project_<project>.<module>`; siblings import each other relatively."""
     file = folder / f"{module}.py"
@@ -137,7 +158,8 @@ def load_module(folder: Path, project: str, module: str) -> ModuleType:
     loaded = importlib.util.module_from_spec(spec)
     sys.modules[name] = loaded
     try:
-        spec.loader.exec_module(loaded)
+        with one_process(str(file)):
+            spec.loader.exec_module(loaded)
     except (Exception, SystemExit) as e:
         del sys.modules[name]
         line = _line_in(e, file)

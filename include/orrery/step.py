@@ -225,7 +225,9 @@ class Work:
             stale = self.store.dependents(old)
             result.facts["supersedes"] = old.path
             result.facts["stale"] = sorted({f"{m.verb} {m.key}" for m in stale})
-            self.log.warning(
+            # A warning is for someone to act on: nobody need when nothing was made from the earlier version.
+            say = self.log.warning if stale else self.log.info
+            say(
                 f"{dataset} {config.key} supersedes an earlier version",
                 earlier=old.created,
                 stale=", ".join(result.facts["stale"]) or "nothing",
@@ -277,7 +279,8 @@ def execute(config: StepConfig, store: Store, scratch: Path, seconds: dict[str, 
 def _done(work: Work, verb: Verb, params: Any) -> Result:
     """Do the verb's work: whatever it imports, at its top or where it needs it, is imported here."""
     run: Callable[[Work, Any], Result] = importlib.import_module(verb.module).run
-    result = run(work, params)
+    with bundle.one_process(f"{work.config.verb} {work.config.key}"):
+        result = run(work, params)
     result.drop_not_finite()
     return result
 

@@ -109,6 +109,26 @@ def mode_vanish(work: Work, params: ProbeParams) -> Result:
     os._exit(9)
 
 
+def mode_fork_return(work: Work, params: ProbeParams) -> Result:
+    """Like a project's function that forks: both processes come back, the parent when the child has ended."""
+    return _forked(work, params) or _write(work, params)
+
+
+def mode_fork_raise(work: Work, params: ProbeParams) -> Result:
+    if _forked(work, params):
+        raise UserError("in the fork")
+    return _write(work, params)
+
+
+def _forked(work: Work, params: ProbeParams) -> Result | None:
+    work.write_json("out.json", {"value": params.value})
+    child = os.fork()
+    if child == 0:
+        return Result(metrics={"value": -1.0})
+    mark(params, "forked", str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+    return None
+
+
 def mode_nan(work: Work, params: ProbeParams) -> Result:
     result = _write(work, params)
     result.metrics |= {"auc": float("nan"), "loss": float("inf")}

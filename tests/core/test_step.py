@@ -15,6 +15,7 @@ from core_house import House, ended
 from core_verbs import wait_for
 
 from orrery import lease, step
+from orrery.bundle import FORKED
 from orrery.contract import Result, StepConfig
 from orrery.errors import Fenced, RequestError, TryAgain, UserError
 from orrery.lease import Lease
@@ -88,6 +89,33 @@ def test_each_kind_of_end(house: House, mode: str, code: int, status: str, kind:
     code, result = house.tell(house.config(run="run-2", mode="done"))
     assert code == 0
     assert only(house) == OUT
+
+
+@pytest.mark.parametrize("mode", ["fork_return", "fork_raise"])
+def test_a_fork_that_comes_back_from_the_work_ends_there(house: House, mode: str) -> None:
+    """It must neither commit nor clean up: what it would remove is the output of the process that goes on."""
+    code, result = house.tell(house.config(mode=mode))
+    assert (code, result and result.metrics) == (0, {"value": 1.0})
+    assert only(house) == OUT
+    assert (house.marks / "forked").read_text() == str(FORKED)
+    log = (house.home / "log").read_text()
+    assert "probe 2013-01 has forked: the forked process ends here" in log
+    assert (log.count("probe 2013-01: done"), "in the fork" in log) == (1, False)
+
+
+def test_superseding_is_a_warning_only_when_something_is_stale(house: House) -> None:
+    assert house.tell(house.config())[0] == 0
+    code, _, log = house.step(house.config(value=2.0, run="run-2"))
+    line = next(s for s in log.splitlines() if "supersedes an earlier version" in s)
+    assert (code, "stale=nothing" in line, "warning" in line.lower()) == (0, True, False), line
+    (before,) = [m for m in house.manifests() if m.result["metrics"] == {"value": 2.0}]
+    house.commit("look", "looked", "2013-01", inputs={"probed": (before.ref,)})
+    house.store.put_if_absent(
+        f"{house.project}/dependents/{before.address}/look.{house.manifests('look')[0].address}", b""
+    )
+    code, _, log = house.step(house.config(value=3.0, run="run-3"))
+    line = next(s for s in log.splitlines() if "supersedes an earlier version" in s)
+    assert (code, "look 2013-01" in line, "warning" in line.lower()) == (0, True, True), line
 
 
 def test_evidence_is_kept_when_the_step_fails(house: House) -> None:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -8,6 +11,7 @@ import pyarrow.compute as pc
 import pytest
 from features_house import TIME, at, flights, labelled, weather
 
+from orrery.bundle import FORKED
 from orrery.errors import DataError, UserError
 from orrery.features.definitions import Definitions, Derive, Rows, View
 from orrery.features.shapes import derived, kinds, plain, rows_table, view_table
@@ -92,6 +96,33 @@ def test_a_function_that_fails_is_the_users_and_the_line_is_told() -> None:
         made(lambda t: t["wnid"])
 
 
+def test_a_function_that_exits_is_the_users_too() -> None:
+    with pytest.raises(UserError, match=r"test_shapes\.py:\d+: @rows flights: SystemExit: 0") as error:
+        made(lambda t: sys.exit(0))
+    assert error.value.exit_code == 64
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_fork_in_a_function_ends_where_it_would_come_back(fails: bool) -> None:
+    children: list[int] = []
+
+    def forks(table: pa.Table) -> pa.Table:
+        child = os.fork()
+        if child:
+            children.append(child)
+        elif fails:
+            raise KeyError("wind")
+        return table
+
+    before = os.getpid()
+    try:
+        made(forks)
+        assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == FORKED
+    finally:
+        if os.getpid() != before:
+            os._exit(0)  # as the tests' own process it would go on with all tests, twice
+
+
 def seen(table: pa.Table, the_view: View | None = None) -> pa.Table:
     the_view = the_view or View("weather", ("origin",), "2h", "weather", lambda t: t)
     return view_table(the_view, table)
@@ -159,6 +190,10 @@ def test_derives_build_on_each_other_and_never_see_the_label() -> None:
         (
             lambda t: t.append_column("share", pa.repeat(1 / t.num_rows, t.num_rows)),
             "share of a row changes with the rows beside it",
+        ),
+        (
+            lambda t: t.append_column("now", pa.repeat(time.time(), t.num_rows)),
+            "now of a row is another each time it is computed",
         ),
     ],
 )

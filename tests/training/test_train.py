@@ -134,6 +134,13 @@ MADE = "return Net(schema, params, len(schema.classes) or 1)"
 MISTAKES = [
     ("return out.squeeze(1) if self.one else out", "return out", SpecError, r"float32 \[2, 1\] for 2 rows; wanted"),
     (MADE, "return Net(schema, params, nope)", SpecError, r"build failed \(line \d+\): NameError"),
+    (MADE, "raise SystemExit(3)", SpecError, r"build failed \(line \d+\): SystemExit: 3"),
+    (
+        "out = self.layers",
+        "raise SystemExit\n        out = self.layers",
+        SpecError,
+        r"forward failed \(line \d+\): SystemExit",
+    ),
     (MADE, "return 3", SpecError, "build returned int, not a torch nn.Module"),
     ("cat([numeric,", "cat([numeric, numeric,", SpecError, r"forward fails on numeric \[2, 4\], categorical \[2, 1\]"),
     (

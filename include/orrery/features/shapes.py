@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from orrery.bundle import one_process
 from orrery.data.tables import KEY, LABEL, LABEL_TIME, PREDICTION_TIME, RESERVED
 from orrery.errors import DataError, OrreryError, UserError
 from orrery.features.definitions import Definitions, Derive, Rows, View, where
@@ -21,6 +22,9 @@ EVENT_TIME, AVAILABLE_TIME = "event_time", "available_time"
 UTC = pa.timestamp("us", tz="UTC")
 # Rows on which a derive is tried one by one, to see that it looks at no other row.
 ALONE = 8
+# Vectorised numbers may differ in their last bits with the count of rows, and cancellation makes more of it. The same
+# row again differs in nothing: a wider tolerance would let the seconds since 1970 pass for the same a moment later.
+CLOSE, SAME = 1e-9, 1e-15
 
 
 def rows_table(rows: Rows, raw: pa.Table, task: str) -> pa.Table:
@@ -149,10 +153,11 @@ def instants(column: pa.ChunkedArray, here: str) -> pa.ChunkedArray:
 def call(here: str, function: Any, table: pa.Table) -> pa.Table:
     """Call a function of features.py. Raises `UserError` with its line when it fails, or returns no Arrow table."""
     try:
-        found = function(table)
+        with one_process(where(function)):
+            found = function(table)
     except (OrreryError, MemoryError):
         raise
-    except Exception as e:
+    except (Exception, SystemExit) as e:  # sys.exit() would end the step without a word, and be tried again
         file = function.__code__.co_filename
         lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == file]
         at = f"{file}:{lines[-1]}" if lines else where(function)
@@ -241,27 +246,35 @@ def _derive(each: Derive, rows: pa.Table) -> pa.Table:
 
 
 def _check_alone(each: Derive, few: pa.Table, expected: pa.Table) -> None:
-    """Raise `DataError` when a derive looks at more than one row at a time: online there is one."""
+    """Raise `DataError` when a derive looks at more than its row: at the rows beside it (online there are none), or
+    at a clock or a die, which give the same row another value each time.
+    """
     for i in range(few.num_rows):
         alone = _derive(each, few.slice(i, 1))
-        for name in alone.column_names:
-            if (
-                name not in RESERVED
-                and not name.startswith("_")
-                and not _alike(expected[name].slice(i, 1), alone[name])
-            ):
-                raise DataError(
-                    f"{where(each.function)}: @derive {each.name}: {name} of a row changes with the rows beside it",
-                    hint="online a row comes alone: compute it from its own columns",
-                )
+        if (name := _other(_derive(each, few.slice(i, 1)), alone, SAME)) is not None:
+            raise DataError(
+                f"{where(each.function)}: @derive {each.name}: {name} of a row is another each time it is computed",
+                hint="compute it from the row's own columns, without a clock or random numbers",
+            )
+        if (name := _other(expected.slice(i, 1), alone, CLOSE)) is not None:
+            raise DataError(
+                f"{where(each.function)}: @derive {each.name}: {name} of a row changes with the rows beside it",
+                hint="online a row comes alone: compute it from its own columns",
+            )
 
 
-def _alike(a: pa.ChunkedArray, b: pa.ChunkedArray) -> bool:
+def _other(a: pa.Table, b: pa.Table, tolerance: float) -> str | None:
+    """Return the first feature of `b` that `a` has another value of, or None."""
+    features = (n for n in b.column_names if n not in RESERVED and not n.startswith("_"))
+    return next((n for n in features if not _alike(a[n], b[n], tolerance)), None)
+
+
+def _alike(a: pa.ChunkedArray, b: pa.ChunkedArray, tolerance: float) -> bool:
     """Tell whether two columns are equal; vectorised numbers may differ in their last bits with the length."""
     if a.type != b.type:  # a row alone may have nothing but nulls, which have no type of their own
         return bool(a.null_count == len(a) and b.null_count == len(b))
     if not pa.types.is_float64(a.type):
         return bool(a.equals(b))
-    close = pc.less_equal(pc.abs(pc.subtract(a, b)), pc.add(1e-12, pc.multiply(1e-9, pc.abs(a))))
+    close = pc.less_equal(pc.abs(pc.subtract(a, b)), pc.add(tolerance / 1000, pc.multiply(tolerance, pc.abs(a))))
     same = pc.or_(pc.fill_null(close, False), pc.fill_null(pc.equal(a, b), False))
     return bool(pc.all(pc.or_(same, pc.and_(pc.is_null(a), pc.is_null(b)))).as_py() is not False)

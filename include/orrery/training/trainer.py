@@ -163,7 +163,7 @@ def refuse_shape(network: Network, task: str, classes: int, data: Dataset) -> No
     """Try the user's module on two rows. Raises `SpecError` when it fails or its output has another shape."""
     numeric, categorical, _ = _tensors(data, np.arange(min(2, data.rows)))
     network.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), user_model.told("the module's forward", only_theirs=True):
         try:
             output = network.output(numeric, categorical)
         except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as e:

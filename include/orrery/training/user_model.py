@@ -69,7 +69,7 @@ def values(model: UserModel, overrides: Mapping[str, Any]) -> BaseModel:
     for name in overrides:
         if name not in model.params.model_fields:
             raise SpecError(
-                f"train.params: model.py's Params has no {name!r}", hint=nearest(name, model.params.model_fields)
+                f"train.params.{name}: model.py's Params has no {name!r}", hint=nearest(name, model.params.model_fields)
             )
     try:
         return model.params.model_validate(dict(overrides))
@@ -88,10 +88,11 @@ def told(what: str, *, only_theirs: bool = False) -> Iterator[None]:
     with `only_theirs` whatever did not pass through the project's code.
     """
     try:
-        yield
+        with bundle.one_process("model.py"):
+            yield
     except (OrreryError, MemoryError):  # a machine's fault, not a line's
         raise
-    except Exception as e:
+    except (Exception, SystemExit) as e:  # sys.exit() would end the process without a word, and be tried again
         if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         line = _line(e)
@@ -100,7 +101,7 @@ def told(what: str, *, only_theirs: bool = False) -> Iterator[None]:
         raise SpecError(f"model.py: {what} failed{line}: {type(e).__name__}: {e}") from e
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     """Return the deepest line that is in the project's code, since the deepest of all is often in a library."""
     found = ""
     for frame, number in traceback.walk_tb(error.__traceback__):
