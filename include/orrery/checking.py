@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import subprocess
 from typing import Any
@@ -49,11 +50,12 @@ def report(project: str, console: Console) -> bool:
             console.print(f"[green]✓[/] {project}: knowledge base, {len(declared.sources)} sources")
             return True
         found = inspect(project, declared)
+        changes = _changes(project)  # before anything is printed: a project is sound or it is not, on one line
         train = declared.train
         console.print(f"[green]✓[/] {project}: {declared.task}, {train.window} {declared.grain}s on {train.compute}")
         for line in _describe(found):
             console.print(f"    {escape(line)}")
-        for line in _changes(project):
+        for line in changes:
             console.print(f"    [yellow]{escape(line)}[/]")
         return True
     except OrreryError as e:
@@ -71,10 +73,15 @@ def _changes(project: str) -> list[str]:
         if "config" in e.details and not isinstance(e, TryAgain):
             raise  # the step itself has failed: on real rows, the project's code does not do
         return [f"what has changed in the features cannot be told: {e.message}"]
+    except OSError as e:  # the store has lost a file that a manifest names, or does not let it be read
+        return [f"what has changed in the features cannot be told: {platform.load().store}: {e}"]
 
 
 def inspect(project: str, declared: ModelSpec) -> dict[str, Any]:
-    """Import features.py and model.py in the `ml` environment; return what they declare. Raises `SpecError`."""
+    """Import features.py and model.py in the `ml` environment; return what they declare, and Params as they will be.
+
+    Raises `SpecError`.
+    """
     folder = platform.project_folder(project)
     file = folder / "spec.yaml"
     _, lines = yamlfile.read(file)
@@ -88,14 +95,16 @@ def inspect(project: str, declared: ModelSpec) -> dict[str, Any]:
     for name, source in declared.sources.items():
         at = f"{file}:{lines.get(('sources', name), 1)}: sources.{name}.uri"
         platform.substitute(source.uri or "", {"root": "", "data": ""}, at)
-    argv = [str(interpreter("ml")), "-m", "orrery.inspection", str(folder), project]
+    argv = [str(interpreter("ml")), "-m", "orrery.inspection", str(folder), project, json.dumps(declared.train.params)]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     try:
         answer = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
         raise SpecError(f"{folder}: its code could not be imported\n{done.stderr[-2000:]}") from None
     if "error" in answer:
-        raise SpecError(answer["error"], hint=answer.get("hint", ""))
+        named = re.match(r"train\.params\.([^.:]+)", answer["error"])
+        at = f"{file}:{lines.get(('train', 'params', named[1]), 1)}: " if named else ""
+        raise SpecError(f"{at}{answer['error']}", hint=answer.get("hint", ""))
     return dict(answer)
 
 
@@ -105,7 +114,7 @@ def _describe(found: dict[str, Any]) -> list[str]:
         ", ".join(f"{v['name']} (on {'+'.join(v['on'])}, ttl {v['ttl']})" for v in features["views"])
         or "none: no Feast"
     )
-    params = ", ".join(f"{name} {p['default']}" for name, p in model["params"].items())
+    params = ", ".join(f"{name} {p['value']}" for name, p in model["params"].items())
     return [f"rows {features['rows']}; views {views}", f"model.py: {model['kind']}; {params or 'no parameters'}"]
 
 

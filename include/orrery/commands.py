@@ -224,6 +224,8 @@ def rollback(
     versions, now = planner.ledger.versions(project), planner.champion()
     if now is None:
         raise UserError(f"{project} has no champion, so there is nothing to roll back")
+    if to == now.version:
+        raise RequestError(f"version {to} is the champion of {project} already", hint=f"orrery ledger {project}")
     target = to or _before(planner, now.version)
     others = [v for v in versions if v != now.version]
     if target not in others:

@@ -1,6 +1,8 @@
 """Import a project's features.py and model.py and print, as JSON, what they declare (run in the `ml` environment).
 
-python -m orrery.inspection FOLDER PROJECT
+python -m orrery.inspection FOLDER PROJECT PARAMS
+
+PARAMS is `train.params` of the spec, as JSON.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Any
 from orrery.errors import OrreryError
 
 
-def main(folder: str, project: str) -> None:
+def main(folder: str, project: str, params: str) -> None:
     """Print one JSON document: what is declared, or the error."""
     from orrery.features.inspection import inspect_features
     from orrery.training.inspection import inspect_model
@@ -21,7 +23,7 @@ def main(folder: str, project: str) -> None:
     try:
         answer: dict[str, Any] = {
             "features": inspect_features(Path(folder), project),
-            "model": inspect_model(Path(folder), project),
+            "model": inspect_model(Path(folder), project, json.loads(params)),
         }
     except OrreryError as e:
         answer = {"error": e.message, "hint": e.hint}

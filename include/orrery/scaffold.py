@@ -76,7 +76,7 @@ def _model(project: str, data: dict[str, str], task: str, owner: str) -> dict[Pa
     literals = {name: json.dumps(text, ensure_ascii=False)[1:-1] for name, text in guess.items()}
     values = {"project": project, "owner": owner, "source": first, **literals}
     return {
-        folder / "spec.yaml": _spec(sources, task, owner, guess["label"], drafted["checks"], drafted=bool(data)),
+        folder / "spec.yaml": _spec(sources, task, owner, guess["label"], drafted),
         folder / "features.py": _fill("features.py", **values),
         folder / "model.py": _fill("model.py", **values),
         folder / "README.md": _fill("README.md", project=project, owner=owner),
@@ -84,7 +84,7 @@ def _model(project: str, data: dict[str, str], task: str, owner: str) -> dict[Pa
     }
 
 
-def _spec(sources: dict[str, str], task: str, owner: str, label: str, checks: dict[str, Any], *, drafted: bool) -> str:
+def _spec(sources: dict[str, str], task: str, owner: str, label: str, drafted: dict[str, Any]) -> str:
     document = {
         "version": 1,
         "kind": "model",
@@ -95,12 +95,17 @@ def _spec(sources: dict[str, str], task: str, owner: str, label: str, checks: di
         "sources": {
             n: {"uri": f"${{data}}/{n}/{{partition}}{_ending(uri)}", "partition": "month"} for n, uri in sources.items()
         },
-        "checks": checks,
+        "checks": drafted["checks"],
         "train": {"window": 3, "compute": "cpu-small"},
         "retrain": {"on": ["quarterly"]},
     }
     head = "# The fields and what they mean: `orrery check --schema`."
-    head += " Bounds were drafted from data: read them.\n" if drafted else "\n"
+    head += " Bounds were drafted from data: read them.\n" if drafted["columns"] else "\n"
+    for source, columns in drafted.get("left_out", {}).items():
+        # As JSON in ASCII: a column's name may hold a line break, and would go on as YAML.
+        names = ", ".join(map(json.dumps, columns))
+        head += f"# No checks, and no `unique`, for these columns of {source}: {names}.\n"
+        head += "# A spec names columns of letters, digits, _ and . only: rename them in the data to check them.\n"
     return head + str(yaml.safe_dump(document, sort_keys=False, width=110, default_flow_style=None))
 
 

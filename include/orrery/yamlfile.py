@@ -50,6 +50,20 @@ for _tag, _pattern, _first in _SCALARS:
     Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
 
 
+_MAPPING, _LIST = "`key: value` lines", "a list, such as [a, b]"
+# What pydantic says of a wrong kind, by its type of error, in words of YAML.
+KINDS = {
+    "model_type": _MAPPING,
+    "model_attributes_type": _MAPPING,
+    "dict_type": _MAPPING,
+    "mapping_type": _MAPPING,
+    "list_type": _LIST,
+    "tuple_type": _LIST,
+    "set_type": _LIST,
+    "string_type": "text",
+}
+
+
 def read(file: Path) -> tuple[dict[str, Any], Lines]:
     """Return the mapping in `file` and the line of each of its fields. Raises `SpecError`."""
     try:
@@ -76,7 +90,8 @@ def read(file: Path) -> tuple[dict[str, Any], Lines]:
         where = f":{mark.line + 1}" if mark else ""
         raise SpecError(f"{file}{where}: not YAML: {getattr(e, 'problem', None) or e}") from None
     if not isinstance(data, dict):
-        raise SpecError(f"{file}:1: expected `key: value` lines, found {type(data).__name__}")
+        found = "nothing" if data is None else f"a {_kind(data)}"
+        raise SpecError(f"{file}:1: expected `key: value` lines, found {found}")
     return data, lines
 
 
@@ -155,9 +170,24 @@ def _problem(
     if error["type"] == "literal_error":
         allowed = re.findall(r"'([^']*)'", str(error["ctx"]["expected"]))
         return f"{prefix}: {_shown(value)} is not allowed; {nearest(str(value), allowed)}"
-    message = str(error["msg"]).removeprefix("Value error, ")
+    message = _message(error)
     shown = "" if isinstance(value, (dict, list)) or error["type"] == "value_error" else f" (found {_shown(value)})"
     return f"{prefix}: {message}{shown}"
+
+
+def _message(error: dict[str, Any]) -> str:
+    """Return what is wrong in words of the file: whoever writes YAML knows no dictionaries and no classes."""
+    wanted = KINDS.get(error["type"])
+    if wanted is None:
+        return str(error["msg"]).removeprefix("Value error, ")
+    value = error.get("input")
+    return f"should be {wanted}" + (f", not a {_kind(value)}" if isinstance(value, (dict, list)) else "")
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, dict):
+        return "mapping"
+    return "list" if isinstance(value, (list, tuple)) else "single value"
 
 
 def _shown(value: Any) -> str:

@@ -13,7 +13,7 @@ import pytest
 from core_house import SPEC, House
 
 from orrery import checking, cli, commands, scaffold, spec, yamlfile
-from orrery.errors import RequestError, UserError
+from orrery.errors import RequestError, SpecError, UserError
 from orrery.ledger import Ledger
 from orrery.spec import KnowledgeBaseSpec, ModelSpec
 
@@ -205,6 +205,8 @@ def test_rollback_goes_to_the_one_before_and_then_on_to_the_one_before_that(orre
         crowned(version)
     code, text = orrery("rollback", "delays", "--to", "9")
     assert (code, "cannot roll back to version '9'" in text) == (64, True)
+    code, text = orrery("rollback", "delays", "--to", "3")
+    assert (code, "version 3 is the champion of delays already" in text) == (64, True), text
     code, text = orrery("rollback", "delays", "--reason", "it drifts")
     assert (code, "version 3 → 2" in text) == (0, True), text
     champion = book.champion("delays")
@@ -297,7 +299,8 @@ def test_a_path_too_long_to_pack_is_told(orrery, house: House) -> None:  # type:
 def test_a_sound_project_stays_sound_when_its_data_are_stale_or_away(  # type: ignore[no-untyped-def]
     orrery, house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = {"features": {"rows": "flights", "views": []}, "model": {"kind": "fit", "params": {}}}
+    params = {"epochs": {"value": 5, "tunable": None}}
+    found = {"features": {"rows": "flights", "views": []}, "model": {"kind": "fit", "params": params}}
     monkeypatch.setattr(checking, "inspect", lambda *a: found)
     raw = house.commit("ingest", "raw", "2013-01")
     clean = house.commit("validate", "clean", "2013-01", inputs={"raw": (raw.ref,)})
@@ -305,12 +308,40 @@ def test_a_sound_project_stays_sound_when_its_data_are_stale_or_away(  # type: i
     house.commit("ingest", "raw", "2013-01", text="again")
     code, text = orrery("check", "delays")
     assert (code, "✓ delays" in text, "✗" in text) == (0, True, False), text
+    assert "model.py: fit; epochs 5" in text
     assert "cannot be told: clean of 2013-01 was made from raw data that landed again" in text
     # But a step that fails on real rows is the project's own fault.
     wrong = UserError("features.py: no", details={"config": "x"})
     monkeypatch.setattr(checking, "feature_changes", lambda project: (_ for _ in ()).throw(wrong))
     code, text = orrery("check", "delays")
-    assert (code, "✗ delays" in text) == (64, True), text
+    assert (code, "✗ delays" in text, "✓" in text) == (64, True, False), text
+    # A store that has lost a file is not, and the other projects are told all the same.
+    lost = FileNotFoundError("features/a1/schema.json")
+    monkeypatch.setattr(checking, "feature_changes", lambda project: (_ for _ in ()).throw(lost))
+    code, text = orrery("check", "delays")
+    assert (code, "✓ delays" in text, "✗" in text) == (0, True, False), text
+    assert f"cannot be told: {house.uri}: features/a1/schema.json" in text
+
+
+def test_check_asks_params_of_the_model_and_names_the_line(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    spec_file = house.folder / "spec.yaml"
+    spec_file.write_text(SPEC + "train:\n  params:\n    epoks: 5\n")
+    answer = {"error": "train.params.epoks: model.py's Params has no 'epoks'", "hint": "allowed: epochs"}
+
+    def run(argv: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        asked.append(argv)
+        return subprocess.CompletedProcess(argv, 0, json.dumps(answer), "")
+
+    monkeypatch.setattr(checking.subprocess, "run", run)
+    monkeypatch.setattr(checking, "interpreter", lambda environment: "python")
+    declared = spec.load(house.folder)
+    assert isinstance(declared, ModelSpec)
+    with pytest.raises(SpecError) as e:
+        checking.inspect("delays", declared)
+    line = spec_file.read_text().splitlines().index("    epoks: 5") + 1
+    assert e.value.message == f"{spec_file}:{line}: {answer['error']}"
+    assert json.loads(asked[0][-1]) == {"epoks": 5}
 
 
 @pytest.mark.parametrize(
@@ -388,6 +419,16 @@ def test_names_of_columns_stay_text(house: House, monkeypatch: pytest.MonkeyPatc
     document, _ = yamlfile.read(house.folder.parent / "evil" / "spec.yaml")
     assert document["label"]["column"] == "label_"
     assert document["checks"]["unique"] == evil
+
+
+def test_columns_that_a_spec_cannot_name_are_told_in_it(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = ["Order Id", "a\nowner: evil"]
+    drafted = {"checks": {"min_rows": 1}, "columns": {"flights": {"Order Id": "string"}}, "left_out": {"flights": odd}}
+    monkeypatch.setattr(scaffold, "_draft", lambda data: drafted)
+    scaffold.create("odd", "model", {"flights": "x.parquet"}, "binary", "ops")
+    folder = house.folder.parent / "odd"
+    assert 'for these columns of flights: "Order Id", "a\\nowner: evil".' in (folder / "spec.yaml").read_text()
+    assert spec.load(folder).owner == "ops"
 
 
 def test_an_unwritable_home_is_told(house: House) -> None:

@@ -79,6 +79,9 @@ def test_a_password_in_a_uri_is_refused_and_not_repeated(tmp_path: Path) -> None
         ("kind: model", "kind: [model]", "kind", ["kind is ['model']"]),
         ("retrain: {on: [drift]}", "retrain: {on: [drift]}\ntrain: {window: three}", "retrain",
          ["train.window", "'three'"]),
+        ("auc: {min: 0.7}", "auc: 0.7", "auc", ["gate.auc: should be `key: value` lines (found 0.7)"]),
+        ("column: late", "column: [late]", "label", ["label.column: should be text, not a list"]),
+        ("on: [drift]", "on: {drift: 1}", "retrain", ["retrain.on: should be a list, such as [a, b], not a mapping"]),
     ],
 )  # fmt: skip
 def test_a_mistake_is_told_with_its_place(tmp_path: Path, old: str, new: str, line: str, parts: list[str]) -> None:
@@ -107,8 +110,8 @@ def test_a_long_value_is_cut(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("", ["expected `key: value` lines, found NoneType"]),
-        ("- a\n", ["expected `key: value` lines, found list"]),
+        ("", ["expected `key: value` lines, found nothing"]),
+        ("- a\n", ["expected `key: value` lines, found a list"]),
         ("a: 1\nb: [\n", [":3: not YAML"]),
         ("a: 1\nb: {c: 1}\na: 2\n", [":3: 'a' is given twice"]),
         ("a: {b: 1, c: 2, b: 3}\n", [":1: 'b' is given twice"]),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 
 import pyarrow as pa
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orrery.data import rules
-from orrery.data.draft import bounds, checks_of, draft, round_down, round_up
+from orrery.data.draft import bounds, checks_of, draft, main, round_down, round_up
 from orrery.spec import Checks, ModelSpec
 
 
@@ -62,6 +63,16 @@ def test_a_column_named_like_a_check_is_nested_and_an_odd_name_left_out():
     assert set(found["columns"]) == {"unique", "weather"}
     assert "odd name" not in found
     assert Checks.model_validate(found).columns.keys() >= {"id", "unique", "weather"}
+
+
+def test_a_key_of_an_odd_name_is_left_out_and_said(house, capsys):
+    ids = [f"o{i}" for i in range(40)]
+    file = house.land("orders", "2024-01", pa.table({"Order Id": ids, "amount": [1.5] * 40}))
+    assert main(json.dumps({"orders": str(file)})) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["left_out"] == {"orders": ["Order Id"]}
+    assert set(found["checks"]) == {"min_rows", "amount"}
+    Checks.model_validate(found["checks"])
 
 
 def test_no_set_is_proposed_from_a_coincidence():

@@ -29,12 +29,12 @@ def project(folder: Path, text: str) -> Path:
     return folder
 
 
-def test_inspect_shows_kind_defaults_and_bounds(tmp_path: Path) -> None:
-    found = inspect_model(project(tmp_path, PARAMS + "def fit(train, valid, params): ...\n"), "shown")
+def test_inspect_shows_kind_effective_values_and_bounds(tmp_path: Path) -> None:
+    found = inspect_model(project(tmp_path, PARAMS + "def fit(train, valid, params): ...\n"), "shown", {"epochs": 5})
     assert found["kind"] == "fit"
-    assert found["params"]["dim"] == {"default": 16, "tunable": {"low": 8, "high": 64, "log": False, "choices": None}}
+    assert found["params"]["dim"] == {"value": 16, "tunable": {"low": 8, "high": 64, "log": False, "choices": None}}
     assert found["params"]["kind"]["tunable"]["choices"] == ["a", "b"]
-    assert found["params"]["epochs"] == {"default": 3, "tunable": None}
+    assert found["params"]["epochs"] == {"value": 5, "tunable": None}
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,17 @@ def test_inspect_shows_kind_defaults_and_bounds(tmp_path: Path) -> None:
 )
 def test_a_wrong_model_is_refused(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(SpecError, match=says):
-        inspect_model(project(tmp_path, text), "wrong")
+        inspect_model(project(tmp_path, text), "wrong", {})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [({"epoks": 5}, r"train\.params\.epoks: .* no 'epoks'"), ({"dim": "x"}, r"train\.params\.dim: ")],
+)
+def test_inspect_refuses_what_training_would(tmp_path: Path, overrides: dict[str, object], says: str) -> None:
+    folder = project(tmp_path, PARAMS + "def build(schema, params): ...\n")
+    with pytest.raises(SpecError, match=says):
+        inspect_model(folder, "refused", overrides)
 
 
 def test_overrides_are_checked_by_params(tmp_path: Path) -> None:

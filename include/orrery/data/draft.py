@@ -59,18 +59,24 @@ def checks_of(partitions: Sequence[pa.Table], reserved: Iterable[str] = ()) -> d
     if table.num_rows == 0:
         return {}
     key = _key(table)
-    out: dict[str, Any] = {"unique": key[0] if len(key) == 1 else key} if key else {}
+    named = key and all(map(nameable, key))
+    out: dict[str, Any] = {"unique": key[0] if len(key) == 1 else key} if named else {}
     out["min_rows"] = round_down(min(t.num_rows for t in partitions) * ROWS_SLACK)
     own = {*Checks.model_fields, *reserved}
     for name in table.column_names:
         found = _column(table[name], is_key=name in key, fixed=all(_one_value(t, name) for t in partitions))
-        if not found or not re.fullmatch(COLUMN, name, flags=re.ASCII):
+        if not found or not nameable(name):
             continue
         if name in own:  # the name means something else there
             out.setdefault("columns", {})[name] = found
         else:
             out[name] = found
     return out
+
+
+def nameable(column: str) -> bool:
+    """Tell whether a spec can name the column: a space or a dash in it would be refused by `orrery check`."""
+    return re.fullmatch(COLUMN, column, flags=re.ASCII) is not None
 
 
 def _key(table: pa.Table) -> list[str]:
@@ -168,7 +174,10 @@ def _short(value: float) -> float | int:
 
 
 def main(document: str) -> int:
-    """Print, as JSON, the drafted checks and each source's columns with their families; `document`: {source: URI}."""
+    """Print, as JSON, the drafted checks, each source's columns with their families, and those that got no check.
+
+    `document`: {source: URI}.
+    """
     sources: dict[str, str] = json.loads(document)
     try:
         tables = {name: read(uri) for name, uri in sources.items()}
@@ -179,7 +188,9 @@ def main(document: str) -> int:
     columns = {
         name: {f.name: min(families(f.type), default="other") for f in table.schema} for name, table in tables.items()
     }
-    sys.stdout.write(json.dumps({"checks": checks, "columns": columns}, default=str) + "\n")
+    odd = {name: [c for c in found if not nameable(c)] for name, found in columns.items()}
+    left_out = {name: found for name, found in odd.items() if found}
+    sys.stdout.write(json.dumps({"checks": checks, "columns": columns, "left_out": left_out}, default=str) + "\n")
     return 0
 
 
