@@ -104,7 +104,7 @@ def _spec(sources: dict[str, str], task: str, owner: str, label: str, drafted: d
     for source, columns in drafted.get("left_out", {}).items():
         # As JSON in ASCII: a column's name may hold a line break, and would go on as YAML.
         names = ", ".join(map(json.dumps, columns))
-        head += f"# No checks, and no `unique`, for these columns of {source}: {names}.\n"
+        head += f"# Left out of the checks and of `unique`, these columns of {source}: {names}.\n"
         head += "# A spec names columns of letters, digits, _ and . only: rename them in the data to check them.\n"
     return head + str(yaml.safe_dump(document, sort_keys=False, width=110, default_flow_style=None))
 

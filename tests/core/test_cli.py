@@ -427,7 +427,7 @@ def test_columns_that_a_spec_cannot_name_are_told_in_it(house: House, monkeypatc
     monkeypatch.setattr(scaffold, "_draft", lambda data: drafted)
     scaffold.create("odd", "model", {"flights": "x.parquet"}, "binary", "ops")
     folder = house.folder.parent / "odd"
-    assert 'for these columns of flights: "Order Id", "a\\nowner: evil".' in (folder / "spec.yaml").read_text()
+    assert 'these columns of flights: "Order Id", "a\\nowner: evil".' in (folder / "spec.yaml").read_text()
     assert spec.load(folder).owner == "ops"
 
 
