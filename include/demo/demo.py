@@ -26,7 +26,7 @@ from orrery import platform, servers
 from orrery.airflow_api import AirflowApi, Run
 from orrery.errors import OrreryError, TryAgain, UserError
 from orrery.ledger import Ledger
-from orrery.runner import interpreter, venvs
+from orrery.local import interpreter, venvs
 
 PROJECT = "flight_delay"
 WINDOW = ("2013-01", "2013-02", "2013-03")

@@ -14,8 +14,9 @@ from rich.markup import escape
 
 from orrery import platform, spec, yamlfile
 from orrery.errors import OrreryError, SpecError, TryAgain, nearest
+from orrery.local import LocalProcess, interpreter
 from orrery.plan import Planner, Request
-from orrery.runner import LocalProcess, interpreter, run
+from orrery.runner import run
 from orrery.spec import METRICS, Bound, Checks, Disparity, KnowledgeBaseSpec, ModelSpec, Spec
 
 

@@ -63,7 +63,7 @@ def run(
     version: Annotated[str | None, typer.Option(help="Model version, for promote.")] = None,
 ) -> None:
     """Run one step here and now, without Airflow, its inputs taken from the store."""
-    from orrery.runner import LocalProcess
+    from orrery.local import LocalProcess
     from orrery.runner import run as carry
 
     if step not in VERBS:
@@ -217,7 +217,7 @@ def rollback(
     reason: Annotated[str, typer.Option(help="Why; goes into the ledger.")] = "",
 ) -> None:
     """Make an earlier version the champion again, once it has scored a probe batch."""
-    from orrery.runner import LocalProcess
+    from orrery.local import LocalProcess
     from orrery.runner import run as carry
 
     planner = Planner(project)
@@ -310,7 +310,7 @@ def status() -> None:
 )
 def airflow(context: typer.Context) -> None:
     """Run Airflow's own command line on the local Airflow, such as `orrery airflow backfill create --help`."""
-    from orrery.runner import venvs
+    from orrery.local import venvs
     from orrery.servers import airflow_environment
 
     program = venvs() / "airflow" / "bin" / "airflow"

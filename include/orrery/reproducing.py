@@ -10,8 +10,9 @@ from pydantic import ValidationError
 from orrery import bundle, fingerprint, platform
 from orrery.contract import VERBS, Result, StepConfig
 from orrery.errors import RequestError, UserError, nearest
+from orrery.local import LocalProcess
 from orrery.plan import Plan, Planner
-from orrery.runner import LocalProcess, prepare, raise_for, read_result
+from orrery.runner import prepare, raise_for, read_result
 from orrery.store import Manifest
 
 

@@ -14,7 +14,7 @@ import yaml
 
 from orrery import platform
 from orrery.errors import RequestError, UserError, nearest
-from orrery.runner import interpreter
+from orrery.local import interpreter
 from orrery.spec import KINDS, NAME, PRIMARY
 from orrery.store import trouble
 

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orrery import runner
 from orrery.bundle import push
 from orrery.contract import Result, StepConfig
 from orrery.ledger import Ledger
+from orrery.local import LocalProcess
 from orrery.log import configure as log_setup
 from orrery.plan import Planner, Request
 from orrery.step import attempt
@@ -164,6 +166,13 @@ class House:
             self.project, "run", f"{self.project}/{window}", "done", "t", payload
         )
         return candidate
+
+
+def go(house: House, launch: runner.Launcher | None = None, attempt: int = 1, **options: object) -> Result:
+    """Carry one step to its end and into the ledger."""
+    options.setdefault("marks", str(house.marks))
+    request = house.request(attempt=attempt, options=options, actor="eve", reason="because")
+    return runner.run(house.planner(), request, launch or LocalProcess(on_line=lambda line: None))
 
 
 def ended(child: int) -> int:

@@ -1,215 +1,30 @@
-"""From request to ledger: what a step may see, how its process ends, and effects that are repaired."""
+"""From request to ledger: how a step ended, and effects that are repaired."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import os
 import signal
-import subprocess
-import sys
-import tempfile
-import threading
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-from core_house import House, ended
-from core_verbs import wait_for
+from core_house import House, ended, go
 
 from orrery import runner
 from orrery.contract import Result, StepError
 from orrery.errors import Interrupted, RequestError, TryAgain, UserError
 from orrery.ledger import Ledger, unfinished
 from orrery.plan import Plan, Request
-from orrery.runner import LocalProcess, StepFailed, StepVanished
-from orrery.servers import processes
+from orrery.runner import StepFailed, StepVanished
 
 
 def book() -> Ledger:
     return Ledger(os.environ["ORRERY_LEDGER"])
 
 
-def go(house: House, launch: runner.Launcher | None = None, attempt: int = 1, **options: object) -> Result:
-    options.setdefault("marks", str(house.marks))
-    request = house.request(attempt=attempt, options=options, actor="eve", reason="because")
-    return runner.run(house.planner(), request, launch or LocalProcess(on_line=lambda line: None))
-
-
 def forked(house: House) -> runner.Launcher:
     """Launch in a fork: as a process of its own, without the imports."""
     return lambda plan: ended(house.fork(plan.config))
-
-
-def gone(pid: int) -> None:
-    """Wait until a process is no more (a zombie is no more either)."""
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            return
-        if state == "Z":
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"process {pid} is still there")
-
-
-# -- the process -------------------------------------------------------------------------------------
-
-
-def test_the_log_comes_line_by_line_and_the_orchestrators_secrets_stay_behind(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    withheld = (
-        "AIRFLOW__CORE__FERNET_KEY", "AIRFLOW_CONN_SHOP", "AIRFLOW_HOME", "_AIRFLOW_X", "ORRERY_LEDGER", "ORRERY_SOURCE_SHOP",
-        "ORRERY_SERVER_PASSWORD", "ORRERY_AIRFLOW_PASSWORD", "PYTHONSTARTUP", "VIRTUAL_ENV", "PYTHONPATH",
-    )  # fmt: skip
-    for name in withheld:
-        monkeypatch.setenv(name, os.environ.get(name, "hunter2"))
-    monkeypatch.setenv("AWS_REGION", "here")
-    monkeypatch.setenv("ORRERY_SERVER", "home:airflow")
-    lines: list[str] = []
-    result = go(house, LocalProcess(on_line=lines.append), mode="environment")
-    assert result.output is not None
-    manifest = house.store.manifest(result.output)
-    assert manifest is not None
-    seen = json.loads(house.store.read(manifest.uri("names.json")))
-    assert set(seen) & set(withheld) == set()
-    assert "hunter2" not in seen.values()
-    assert "ORRERY_PARENT" not in seen  # read once; what a step starts has another parent
-    assert seen["AWS_REGION"] == "here"
-    assert seen["ORRERY_SERVER"] == "home:airflow"
-    assert seen["ORRERY_LOG"] == "json"
-    assert [json.loads(line)["event"] for line in lines] == ["probe 2013-01: done"]
-
-
-def test_a_sources_secret_reaches_the_step_that_reads_it_alone(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ORRERY_SOURCE_SHOP", "hunter2")
-    config = house.config()
-    reads = config.model_copy(update={"params": {"sources": {"shop": {"secret_env": "ORRERY_SOURCE_SHOP"}, "x": {}}}})
-    assert runner._source_secrets(config) == {}
-    assert runner._source_secrets(reads) == {"ORRERY_SOURCE_SHOP": "hunter2"}
-    assert "ORRERY_SOURCE_SHOP" not in runner.step_environment({})
-
-
-@pytest.mark.parametrize("how", ["stop", "end", "vanish"])
-def test_nothing_that_a_step_started_outlives_it(house: House, how: str) -> None:
-    """A step's child holds the log open: without its end the reader would wait for ever."""
-    launch, ends = LocalProcess(on_line=lambda line: None), list[object]()
-
-    def carry() -> None:
-        try:
-            ends.append(go(house, launch, mode="spawn"))
-        except Exception as e:
-            ends.append(e)
-
-    carrier = threading.Thread(target=carry)
-    carrier.start()
-    child = int(wait_for(house.marks / "child"))
-    os.kill(child, 0)
-    if how == "stop":
-        launch.stop()
-        launch.stop()
-    else:
-        if how == "vanish":
-            (house.marks / "vanish").touch()
-        (house.marks / "go").touch()
-    carrier.join(60)
-    assert not carrier.is_alive()
-    gone(child)
-    (end,) = ends
-    kind = {"stop": Interrupted, "end": Result, "vanish": StepVanished}[how]
-    assert isinstance(end, kind), end
-    launch.stop()
-
-
-def worker_and_step(house: House, mode: str) -> tuple[subprocess.Popen[bytes], int]:
-    """Start a worker that carries one `probe`; return it and the step's process number once the verb has begun."""
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import core_verbs; core_verbs.register()\n"
-        "from orrery.plan import Planner, Request; from orrery import runner; runner.LONGEST_TMP = 500\n"
-        "options = {'mode': sys.argv[3], 'marks': sys.argv[2]}\n"
-        "request = Request('delays', 'probe', ('2013-01',), 'run-1', 'probe', options=options)\n"
-        "runner.run(Planner('delays'), request, runner.LocalProcess(on_line=lambda line: None))\n"
-    )
-    here = str(Path(__file__).resolve().parent)
-    argv = [sys.executable, "-c", code, here, str(house.marks), mode]
-    worker = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
-    wait_for(house.marks / "started")
-    (step,) = [int(p) for p in Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()]
-    return worker, step
-
-
-def test_the_step_follows_its_parent(house: House) -> None:
-    """SIGKILL of the worker ends the step, which leaves a result and no output."""
-    worker, step = worker_and_step(house, "wait")
-    worker.kill()
-    worker.wait()
-    gone(step)
-    assert house.result(house.config()).status == "interrupted"
-    assert house.manifests() == []
-
-
-def test_down_finds_a_step_that_outlived_its_worker_and_heeds_no_sigterm(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    marker = f"{house.home}:airflow"
-    monkeypatch.setenv("ORRERY_SERVER", marker)
-    worker, step = worker_and_step(house, "deaf")
-    worker.kill()
-    worker.wait()
-    time.sleep(0.2)
-    assert Path(f"/proc/{step}").exists()  # native code and the like: told to stop, it goes on
-    assert processes.end(lambda: processes.family(marker), grace=0.2) >= 1
-    gone(step)
-
-
-@pytest.mark.parametrize("mode", ["environment", "vanish", "bug"])
-@pytest.mark.parametrize("longest", [500, 10])
-def test_a_steps_temporary_files_end_with_it(
-    house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: str, longest: int
-) -> None:
-    """However it ended. A path too long for a socket gives way to the system's own folder."""
-    monkeypatch.setattr(runner, "LONGEST_TMP", longest)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.delenv("ORRERY_CACHE", raising=False)
-    seen: list[dict[str, str]] = []
-    start = subprocess.Popen
-
-    def popen(*args: Any, **kwargs: Any) -> subprocess.Popen[str]:
-        seen.append(kwargs["env"])
-        (Path(kwargs["env"]["TMPDIR"]) / "left").write_text("by a step that was killed")
-        return start(*args, **kwargs)
-
-    monkeypatch.setattr(runner.subprocess, "Popen", popen)
-    with contextlib.suppress(StepFailed):
-        go(house, mode=mode)
-    (env,) = seen
-    folder = Path(env["TMPDIR"])
-    assert folder.parent == (house.home / "var" / "tmp" if longest == 500 else tmp_path)
-    assert not folder.exists()
-    assert env["ORRERY_CACHE"] == str(house.home / "var" / "cache")
-
-
-def test_what_a_killed_worker_left_is_removed_by_the_next(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "LONGEST_TMP", 500)
-    worker, step = worker_and_step(house, "wait")
-    (mine,) = (house.home / "var" / "tmp").iterdir()
-    with runner._scratch():
-        assert mine.exists()  # a worker that is alive keeps its own
-    worker.kill()
-    worker.wait()
-    gone(step)
-    with runner._scratch() as folder:
-        assert list(folder.parent.iterdir()) == [folder]
-
-
-def test_an_environment_that_is_not_there(house: House) -> None:
-    with pytest.raises(UserError, match="environment 'ml' is not there.*\n.*docker/venv.py ml"):
-        runner.interpreter("ml")
 
 
 # -- results -----------------------------------------------------------------------------------------
@@ -447,19 +262,3 @@ def test_a_version_that_is_another_candidate_is_not_promoted(house: House) -> No
     with pytest.raises(RequestError, match="version '7' is not the candidate of 2013-01.*\n.*its version is 1"):
         runner.run(house.planner(), promotion(house, "7"), forked(house))
     assert phases() == []
-
-
-# -- small things ------------------------------------------------------------------------------------
-
-
-def test_lines_of_a_log_are_relayed() -> None:
-    got: list[tuple[int, str, dict[str, object]]] = []
-    for line in (
-        '{"event": "done", "level": "warning", "rows": 3, "timestamp": "x"}', "plain", '{"no": "event"}', "{broken", "[1]",
-        '{"event": "odd", "level": "shout"}',
-    ):  # fmt: skip
-        runner.relay(line, lambda *a: got.append(a))
-    assert got == [
-        (30, "done", {"rows": 3}), (20, "plain", {}), (20, '{"no": "event"}', {}), (20, "{broken", {}), (20, "[1]", {}),
-        (20, "odd", {}),
-    ]  # fmt: skip

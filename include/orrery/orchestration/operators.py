@@ -13,10 +13,11 @@ from orrery import platform
 from orrery.contract import STATUS_OF_CODE, VERBS, Result, StepError
 from orrery.errors import OrreryError, RequestError, UserError
 from orrery.ledger import Ledger
+from orrery.local import LocalProcess, relay
 from orrery.log import shown
 from orrery.orchestration import links, params
 from orrery.plan import Plan, Planner, Request
-from orrery.runner import LocalProcess, record_skip, record_unstarted, relay, run
+from orrery.runner import record_skip, record_unstarted, run
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
