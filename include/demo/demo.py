@@ -71,9 +71,7 @@ class Story:
                 runs = [self._look(dag, key) for dag, key in watched]
                 if live:
                     live.update(self.table())
-                for run in runs:
-                    if run is not None and run.done and not run.ok:
-                        raise UserError(f"{run.dag_id} {run.partition_key} failed:\n{self.api.failures(run)}")
+                self._refuse_failed([run for run in runs if run is not None])
                 done = [run for run in runs if run is not None and run.ok]
                 if len(done) == len(watched):
                     return done
@@ -86,6 +84,11 @@ class Story:
         finally:
             if live:
                 live.stop()
+
+    def _refuse_failed(self, runs: list[Run]) -> None:
+        for run in runs:
+            if run.done and not run.ok:
+                raise UserError(f"{run.dag_id} {run.partition_key} failed:\n{self.api.failures(run)}")
 
     def _look(self, dag: str, key: str) -> Run | None:
         runs = [run for run in self.api.runs(dag, partition_key=key) if run.run_id not in self.earlier]
@@ -109,9 +112,7 @@ class Story:
         deadline = time.monotonic() + timeout
         while True:
             runs = [run for run in self.runs() if run.run_id not in self.earlier]
-            for run in runs:
-                if run.done and not run.ok:
-                    raise UserError(f"{run.dag_id} {run.partition_key} failed:\n{self.api.failures(run)}")
+            self._refuse_failed(runs)
             open_ = [f"{run.dag_id} {run.partition_key}" for run in runs if not run.done]
             if not open_:
                 return
@@ -256,12 +257,9 @@ def main() -> int:
     try:
         target.unlink(missing_ok=True)  # the report of an earlier demo says nothing about this one
         report = tell()
-    except OrreryError as e:
+    except (OrreryError, OSError) as e:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]the demo failed:[/] {escape(str(e))}")
-        return e.exit_code
-    except OSError as e:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]the demo failed:[/] {escape(str(e))}")
-        return 64
+        return e.exit_code if isinstance(e, OrreryError) else 64
     except KeyboardInterrupt:
         console.print("\nstopped; the servers still run: `make status`, `make down`")
         return 130

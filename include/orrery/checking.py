@@ -73,9 +73,10 @@ def _changes(project: str) -> list[str]:
     except OrreryError as e:
         if "config" in e.details and not isinstance(e, TryAgain):
             raise  # the step itself has failed: on real rows, the project's code does not do
-        return [f"what has changed in the features cannot be told: {e.message}"]
+        why = e.message
     except OSError as e:  # the store has lost a file that a manifest names, or does not let it be read
-        return [f"what has changed in the features cannot be told: {platform.load().store}: {e}"]
+        why = f"{platform.load().store}: {e}"
+    return [f"what has changed in the features cannot be told: {why}"]
 
 
 def inspect(project: str, declared: ModelSpec) -> dict[str, Any]:

@@ -29,7 +29,8 @@ from orrery.uri import has_secret
 NAME = r"^[a-z][a-z0-9_]{0,62}$"
 Name = Annotated[str, StringConstraints(pattern=NAME)]
 ComputeName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,62}$")]
-Column = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_.]{0,126}$")]
+COLUMN = r"[A-Za-z_][A-Za-z0-9_.]{0,126}"
+Column = Annotated[str, StringConstraints(pattern=f"^{COLUMN}$")]
 # The five fields of a cron, what each is called in an error, and its range; months and weekdays have names, too.
 CRON_FIELDS = (("minute", 0, 59), ("hour", 0, 23), ("day of the month", 1, 31), ("month", 1, 12), ("weekday", 0, 7))
 MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")

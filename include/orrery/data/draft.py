@@ -21,14 +21,13 @@ from orrery.data import files, snapshot
 from orrery.data.families import families
 from orrery.data.rules import missing, repeats
 from orrery.errors import OrreryError
-from orrery.spec import Checks
+from orrery.spec import COLUMN, Checks
 
 SMALL_SET = 20  # values
 PER_VALUE = 20  # rows that each value of a set must have on average: fewer are rather a coincidence
 RANGE_SLACK = 0.5  # of the width seen, to each side that is not zero
 NULL_SLACK = 2.0  # times the share seen
 ROWS_SLACK = 0.5  # of the smallest partition seen
-COLUMN = r"[A-Za-z_][A-Za-z0-9_.]{0,126}"
 
 
 def draft(sources: Mapping[str, Sequence[Path | str]]) -> dict[str, Any]:
