@@ -21,7 +21,7 @@ FOLDERS = {
     "faults": ("faults",),
     "airflow": ("core", "architecture", "dags", "servers", "projects"),
     "demo": ("demo",),
-    "ml": ("data", "features", "training", "evaluation", "registry"),
+    "ml": ("data", "features", "training", "evaluation", "registry", "monitoring"),
     "spark": ("scoring",),
 }
 ENVIRONMENT = {"airflow": "airflow", "ml": "ml", "spark": "spark", "faults": "airflow", "demo": "airflow"}

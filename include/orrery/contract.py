@@ -95,6 +95,17 @@ class ScoreParams(Params):
     spark_conf: dict[str, str] = Field(default_factory=dict)
 
 
+class MonitorParams(Params):
+    """`monitor` is told everything by the spec and its inputs."""
+
+
+class ReportParams(Params):
+    """`report`: how many rows of each side Evidently draws on, and the seed of that draw."""
+
+    rows: int = Field(20_000, ge=100)
+    seed: int = 0
+
+
 @dataclass(frozen=True)
 class Verb:
     """One kind of step.
@@ -158,6 +169,8 @@ VERBS: dict[str, Verb] = {
             compute="cpu-small",
             hints=frozenset({"spark_master", "spark_conf"}),
         ),
+        Verb("monitor", "orrery.monitoring.monitor", "ml", MonitorParams, "partition", "health"),
+        Verb("report", "orrery.monitoring.report", "ml", ReportParams, "partition", "report"),
     )
 }
 

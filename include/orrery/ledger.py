@@ -24,7 +24,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, InterfaceE
 from orrery.databases import REFUSED, scrub, with_driver
 from orrery.errors import RequestError, TryAgain, UserError
 
-Kind = Literal["run", "decision", "promotion", "rollback"]
+Kind = Literal["run", "decision", "promotion", "rollback", "request", "approval", "alert"]
 Phase = Literal["intent", "done"]
 
 metadata = sa.MetaData()

@@ -22,8 +22,8 @@ from pydantic import (
 )
 
 from orrery import yamlfile
-from orrery.errors import SpecError, nearest
-from orrery.partitions import Grain
+from orrery.errors import RequestError, SpecError, nearest
+from orrery.partitions import Grain, parse
 from orrery.uri import has_secret
 
 NAME = r"^[a-z][a-z0-9_]{0,62}$"
@@ -93,7 +93,7 @@ class Label(Frozen):
 
     column: Name = Field(description="The name of the label, for people: on plots and in the registry.")
     delay: Duration = Field(
-        "1d", description="How long after a partition ends its last labels are known: for people, no step waits for it."
+        "1d", description="How long after a partition ends its last labels are known: monitoring waits for it."
     )
 
 
@@ -262,10 +262,49 @@ class Split(Frozen):
     holdout: float = Field(0.15, gt=0, lt=0.5, description="Evaluation: later than all the rest, seen by nothing else.")
 
 
-class Retrain(Frozen):
-    """What asks for a new training."""
+class Approval(Frozen):
+    """A person says yes before a promotion: one of the spec's `approvers`, in Airflow's UI or by REST."""
 
-    on: tuple[Literal["drift", "quarterly", "manual"], ...] = ("manual",)
+    within: Duration = Field("2d", description="How long the question stands.")
+    otherwise: Literal["keep", "promote"] = Field("keep", description="What happens when nobody has answered by then.")
+
+
+class Retrain(Frozen):
+    """What asks for a new training by itself; a person can at any time."""
+
+    on: tuple[Literal["drift", "each", "quarterly", "manual"], ...] = Field(
+        ("manual",),
+        description="drift: the monitor's verdict; each: every partition that completes a window; quarterly: the three "
+        "months of a quarter; manual: nothing.",
+    )
+    cron: Cron | None = Field(
+        None, description="A cron (UTC) that asks as well, for the window that ends with the partition just ended."
+    )
+
+    @model_validator(mode="after")
+    def _one_calendar(self) -> Retrain:
+        calendars = [name for name in ("each", "quarterly") if name in self.on] + (["cron"] if self.cron else [])
+        if len(calendars) > 1:
+            raise ValueError(f"{' and '.join(calendars)} are two calendars: give one")
+        return self
+
+
+class Monitor(Frozen):
+    """When the monitor's verdict is `watch` or `retrain`; the defaults are measured (docs in the README)."""
+
+    effect: float = Field(0.015, gt=0, description="Smallest loss of the primary metric that a retraining is worth.")
+    persistence: int = Field(2, ge=1, le=12, description="Partitions in a row that must show it.")
+    cooldown: int = Field(2, ge=0, le=60, description="Partitions after a request before drift asks again.")
+    labelled: float = Field(0.8, gt=0, le=1, description="Smallest share of rows with a label; below: an alert.")
+
+
+class Alerts(Frozen):
+    """What the owner is told of, by the channels of platform.yaml."""
+
+    late: Duration = Field("6h", description="A partition's scores are late when its run has not ended by then.")
+    quarantine: float = Field(0.02, gt=0, le=1, description="Largest share of a partition's rows in quarantine.")
+    stale: int = Field(12, ge=1, description="Partitions that a champion may be in use without a newer one.")
+    refused: int = Field(3, ge=1, description="Candidates refused in a row.")
 
 
 class Features(Frozen):
@@ -291,8 +330,22 @@ class ModelSpec(Frozen):
     features: Features = Features()
     train: Train = Train()
     split: Split = Split()
-    gate: dict[str, Any] = Field(default_factory=dict, description="Bounds per metric, and `disparity`.")
+    gate: dict[str, Any] = Field(
+        default_factory=dict, description="Bounds per metric, `disparity`, and `approval` (`human`, or its terms)."
+    )
     retrain: Retrain = Retrain()
+    monitor: Monitor = Monitor()
+    alerts: Alerts = Alerts()
+    approvers: tuple[Annotated[str, StringConstraints(min_length=1, max_length=100)], ...] = Field(
+        (), description="User names in Airflow of the people who may approve a promotion (`gate.approval`)."
+    )
+    runbook: Annotated[str, StringConstraints(pattern=r"^https?://[^\s<>\"']+$")] | None = Field(
+        None, description="Where an alert sends its reader; by default the Dag's page, which shows the Dag file's text."
+    )
+    watch: Duration | None = Field(
+        None, description="Look at the sources this often for partitions that landed, and ingest them; none: by cron."
+    )
+    ends: str | None = Field(None, description="The last partition that will ever land: no schedule goes on after it.")
     schedule: Cron | None = Field(
         None,
         description="Cron of ingest (UTC), one tick per partition; the partition is the one just ended. By default at "
@@ -313,10 +366,12 @@ class ModelSpec(Frozen):
     @classmethod
     def _gate(cls, value: dict[str, Any]) -> dict[str, Any]:
         for metric, bound in value.items():
-            if metric != "disparity" and metric not in METRICS:
-                options = nearest(str(metric), [*METRICS, "disparity"])
+            if metric not in METRICS and metric not in GATE_EXTRAS:
+                options = nearest(str(metric), [*METRICS, *GATE_EXTRAS])
                 raise yamlfile.Inside((metric,), f"unknown metric {metric!r}; {options}")
-            _part(Disparity if metric == "disparity" else Bound, bound, metric)
+            if metric == "approval" and bound == "human":
+                continue
+            _part(GATE_EXTRAS.get(metric, Bound), bound, metric)
         return value
 
     @model_validator(mode="after")
@@ -328,7 +383,7 @@ class ModelSpec(Frozen):
     @model_validator(mode="after")
     def _gate_is_of_the_task(self) -> ModelSpec:
         """Refuse a bound on a number that this task never has: no candidate could keep it."""
-        allowed = [*TASK_METRICS[self.task], *EXPORT_METRICS, "disparity"]
+        allowed = [*TASK_METRICS[self.task], *EXPORT_METRICS, *GATE_EXTRAS]
         for metric in self.gate:
             if metric not in allowed:
                 text = f"a {self.task} task has no {metric!r}; {nearest(metric, allowed)}"
@@ -339,6 +394,22 @@ class ModelSpec(Frozen):
     def _quarters_are_of_months(self) -> ModelSpec:
         if "quarterly" in self.retrain.on and self.grain != "month":
             raise yamlfile.Inside(("retrain", "on"), f"`quarterly` is for sources by month, these are by {self.grain}")
+        return self
+
+    @model_validator(mode="after")
+    def _approval_has_approvers(self) -> ModelSpec:
+        if "approval" in self.gate and not self.approvers:
+            text = "nobody may approve: name the people in `approvers: [...]`, by their user names in Airflow"
+            raise yamlfile.Inside(("gate", "approval"), text)
+        return self
+
+    @model_validator(mode="after")
+    def _ends_with_a_partition(self) -> ModelSpec:
+        if self.ends is not None:
+            try:
+                parse(self.ends, self.grain)
+            except RequestError as e:
+                raise yamlfile.Inside(("ends",), f"{e.message}; {e.hint}") from None
         return self
 
     @model_validator(mode="after")
@@ -374,7 +445,15 @@ class ModelSpec(Frozen):
     @property
     def bounds(self) -> dict[str, Bound]:
         """The gate's bounds by metric."""
-        return {m: Bound.model_validate(b) for m, b in self.gate.items() if m != "disparity"}
+        return {m: Bound.model_validate(b) for m, b in self.gate.items() if m not in GATE_EXTRAS}
+
+    @property
+    def approval(self) -> Approval | None:
+        """How a person is asked before a promotion, or None."""
+        if "approval" not in self.gate:
+            return None
+        asked = self.gate["approval"]
+        return Approval() if asked == "human" else Approval.model_validate(asked)
 
     @property
     def disparity(self) -> Disparity | None:
@@ -404,6 +483,8 @@ TASK_METRICS: dict[str, tuple[str, ...]] = {
     "multiclass": ("log_loss", "accuracy"),
     "regression": ("rmse", "mae", "r2"),
 }
+# What `gate` may hold beside the bounds of metrics.
+GATE_EXTRAS: dict[str, type[Disparity] | type[Approval]] = {"disparity": Disparity, "approval": Approval}
 PRIMARY: dict[str, str] = {"binary": "auc", "multiclass": "log_loss", "regression": "rmse"}
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from airflow.sdk import Asset
 
 # The verbs with a Dag of their own, `<project>.<verb>`.
-DAGS = ("ingest", "train", "score")
+DAGS = ("watch", "ingest", "request", "train", "score", "labels", "monitor", "rollback")
 
 
 def asset(project: str, dataset: str) -> Asset:
-    """Return the asset of one of a project's datasets: raw, features, candidate, champion, scores."""
+    """Return one of a project's assets: raw, features, request, candidate, champion, scores, labels, health."""
     return Asset(name=f"{project}/{dataset}", uri=f"x-orrery://{project}/{dataset}", group="orrery")

@@ -1,0 +1,1 @@
+"""What was promised against what happened: performance, drift, and the verdict on both."""
