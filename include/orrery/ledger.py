@@ -157,6 +157,39 @@ class Ledger:
             rows = connection.execute(query).mappings().all()
         return [Entry(**{**r, "payload": json.loads(r["payload"])}) for r in rows]
 
+    def recent(
+        self,
+        project: str,
+        *kinds: Kind,
+        phase: Phase | None = None,
+        verb: str | None = None,
+        before: int | None = None,
+        limit: int = 50,
+    ) -> list[Entry]:
+        """Return at most `limit` entries of a project, newest first: of some kinds, of one verb, older than `before`.
+
+        Only these are read and parsed, however long the ledger is.
+        """
+        query = sa.select(entries).where(entries.c.project == project).order_by(entries.c.id.desc()).limit(limit)
+        if kinds:
+            query = query.where(entries.c.kind.in_(kinds))
+        if phase:
+            query = query.where(entries.c.phase == phase)
+        if verb:
+            # As `record` writes it. Inside of a text the quotes would be escaped, so no text can look like it.
+            query = query.where(entries.c.payload.contains(f'"verb": {json.dumps(verb)}', autoescape=True))
+        if before is not None:
+            query = query.where(entries.c.id < before)
+        with _reachable(self.url), self.engine.connect() as connection:
+            rows = connection.execute(query).mappings().all()
+        return [Entry(**{**r, "payload": json.loads(r["payload"])}) for r in rows]
+
+    def count(self, project: str) -> int:
+        """Return how many entries a project has."""
+        query = sa.select(sa.func.count()).where(entries.c.project == project)
+        with _reachable(self.url), self.engine.connect() as connection:
+            return int(connection.execute(query).scalar_one())
+
     def get(self, project: str, kind: Kind, key: str, phase: Phase) -> Entry | None:
         """Return one entry, or None."""
         query = sa.select(entries).where(

@@ -22,6 +22,8 @@ from orrery.store import Store
 
 # What changes the champion, and what the ledger calls it.
 CHANGES: dict[str, Kind] = {"promote": "promotion", "rollback": "rollback"}
+# Of a result's facts the ledger keeps what its readers need; the rest is in the manifest.
+TOLD_FACTS = ("model_version", "primary", "units")
 
 
 class StepFailed(OrreryError):
@@ -186,8 +188,9 @@ def _record(planner: Planner, request: Request, plan: Plan, result: Result) -> N
 
 def _payload(verb: str, key: str, attempt: str, result: Result) -> dict[str, Any]:
     """Return what the ledger keeps of an attempt."""
-    told = {"status", "verdict", "skipped", "seconds", "output", "digest", "metrics", "reasons"}
+    told = {"status", "verdict", "skipped", "seconds", "output", "digest", "metrics", "reasons", "links"}
     payload: dict[str, Any] = json.loads(result.model_dump_json(include=told))
+    payload["facts"] = {name: result.facts[name] for name in TOLD_FACTS if name in result.facts}
     payload |= {"verb": verb, "key": key, "attempt": attempt}
     if result.error:
         payload["error"] = result.error.message
