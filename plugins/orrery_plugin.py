@@ -1,4 +1,4 @@
-"""What Airflow's UI shows of Orrery: buttons on tasks, notes on runs, and reports from the store. No business logic."""
+"""What Airflow's UI shows of Orrery: buttons on tasks, notes on runs, tabs, reports from the store. No business logic."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Any
 
 from airflow.plugins_manager import AirflowPlugin
 
-from orrery.orchestration.links import EVIDENCE, LINKS
+from orrery.orchestration.links import LINKS
 from orrery.orchestration.notes import Notes
+from orrery.orchestration.web import addresses
 
 
 def _in_api_server() -> bool:
@@ -20,9 +21,33 @@ def _in_api_server() -> bool:
 def _apps() -> list[dict[str, Any]]:
     if not _in_api_server():
         return []
-    from orrery.orchestration.evidence import app
+    from orrery.orchestration.web.app import app
 
-    return [{"app": app, "url_prefix": EVIDENCE, "name": "orrery evidence"}]
+    return [{"app": app, "url_prefix": addresses.PREFIX, "name": "orrery"}]
+
+
+def _tab(name: str, destination: str, page: str, route: str) -> dict[str, Any]:
+    """Declare a tab. Airflow shows it on every Dag; for one that is not ours, the page says so."""
+    icon = f"{addresses.base()}{addresses.PREFIX}/static/{name.lower()}"
+    return {
+        "name": name,
+        "destination": destination,
+        "href": f"{addresses.base()}{addresses.PREFIX}{page}",
+        "url_route": route,
+        "icon": f"{icon}.svg",
+        "icon_dark_mode": f"{icon}-dark.svg",
+    }
+
+
+def _views() -> list[dict[str, Any]]:
+    if not _in_api_server():
+        return []
+    model = addresses.MODEL_PAGE.replace("{dag_id}", "{DAG_ID}")
+    verdict = addresses.VERDICT_PAGE.replace("{dag_id}", "{DAG_ID}").replace("{run_id}", "{RUN_ID}")
+    return [
+        _tab("Model", "dag", model, addresses.MODEL_TAB),
+        _tab("Verdict", "dag_run", verdict, addresses.VERDICT_TAB),
+    ]
 
 
 class OrreryPlugin(AirflowPlugin):
@@ -32,3 +57,4 @@ class OrreryPlugin(AirflowPlugin):
     operator_extra_links = [link() for link in LINKS]  # noqa: RUF012  Airflow reads plain lists
     listeners = [Notes()]  # noqa: RUF012
     fastapi_apps = _apps()
+    external_views = _views()

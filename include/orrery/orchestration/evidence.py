@@ -1,4 +1,4 @@
-"""Serves what steps left for people (Data Docs, curves) to whom Airflow lets read the Dag's task logs.
+"""Serves what steps leave for people (Data Docs, curves, drift reports) to whom Airflow lets read the Dag's task logs.
 
 Documents are made from data that came from outside, so they are shown in a sandbox: no script runs, nothing
 is loaded from elsewhere, and they cannot act on Airflow's pages as the user who looks at them.
@@ -9,17 +9,21 @@ from __future__ import annotations
 import mimetypes
 import re
 
-from airflow.api_fastapi.auth.managers.models.resource_details import DagAccessEntity
-from airflow.api_fastapi.core_api.security import requires_access_dag
-from fastapi import Depends, FastAPI, HTTPException, Response
+from fastapi import APIRouter, HTTPException, Response
 
 from orrery import platform
 from orrery.errors import OrreryError
-from orrery.orchestration.assets import DAGS
+from orrery.orchestration.links import LINKS
+from orrery.orchestration.web import addresses
+from orrery.orchestration.web.access import READ_LOGS, OurDag
+from orrery.orchestration.web.pages import not_yet
+from orrery.orchestration.web.waiting import ended
 from orrery.store import Store
 
 MAX_BYTES = 50 << 20
 EVIDENCE_PATH = re.compile(r"^[a-z][a-z0-9_]{0,62}/runs/[^/]+/[^/]+/[0-9]+/evidence/.+$", flags=re.ASCII)
+# What people look for, by its name in the evidence.
+NAMES = {link.evidence: link.result_key for link in LINKS if link.evidence}
 HEADERS = {
     "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src 'self' data:",
     "X-Content-Type-Options": "nosniff",
@@ -34,16 +38,16 @@ SHOWN = {
     ".txt": "text/plain",
 }
 
-app = FastAPI(title="Orrery evidence", docs_url=None, redoc_url=None, openapi_url=None)
+router = APIRouter(dependencies=[READ_LOGS])
 
 
-@app.get("/{dag_id}/{path:path}", dependencies=[Depends(requires_access_dag("GET", DagAccessEntity.TASK_LOGS))])
-def evidence(dag_id: str, path: str) -> Response:
-    """Return one file of an attempt's evidence. 404 for anything that is not evidence of this Dag's project."""
-    project, _, verb = dag_id.partition(".")
-    # Only Dags that there are: who may read what is asked of the Dag, and nobody owns one that does not exist.
-    known = verb in DAGS and EVIDENCE_PATH.match(path) and path.startswith(f"{project}/")
-    if not known:
+@router.get(addresses.EVIDENCE)
+def evidence(seen: OurDag, path: str) -> Response:
+    """Return one file of an attempt's evidence; a page that looks again while the attempt may still leave it.
+
+    404 for anything that is not evidence of this Dag's project.
+    """
+    if not EVIDENCE_PATH.match(path) or not path.startswith(f"{seen.project}/"):
         raise HTTPException(404, "not a file of this project's evidence")
     try:
         store = Store(platform.load().store)
@@ -51,7 +55,8 @@ def evidence(dag_id: str, path: str) -> Response:
             raise HTTPException(413, "too large to be shown here; it is in the store")
         data = store.read(path)
     except FileNotFoundError:
-        raise HTTPException(404, "it is not in the store (any more)") from None
+        attempt, _, name = path.partition("/evidence/")
+        return not_yet(NAMES.get(name, "such file"), ended(seen.project, attempt))
     except OrreryError as e:
         raise HTTPException(404 if e.exit_code == 64 else 503, e.message) from None
     suffix = mimetypes.guess_extension(mimetypes.guess_type(path)[0] or "") or ""

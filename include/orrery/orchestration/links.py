@@ -1,25 +1,30 @@
-"""Buttons on a task in Airflow's UI: what a step left for people to look at."""
+"""Buttons on a task in Airflow's UI: what a step leaves for people to look at, there from the moment it starts.
+
+A button's URL is an XCom. When a plan is made, the attempt's folder in the store is known, and with it the URL of
+everything that the attempt may leave: `known` gives them all, before there is anything. What answers there (web/)
+says "not there yet" and looks again, until the evidence has come or the attempt has ended without it. A step that
+is skipped has no attempt: it is given the links of the result that counts, or none, and the button is off.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 from airflow.sdk import BaseOperatorLink
 
 from orrery.contract import Result
+from orrery.orchestration.web import addresses
 
 if TYPE_CHECKING:
     from airflow.models.taskinstancekey import TaskInstanceKey
 
-# Where plugins/orrery_plugin.py serves evidence from the store, to people whom Airflow has logged in.
-EVIDENCE = "/orrery/evidence"
-
 
 class ResultLink(BaseOperatorLink):
-    """A link to what a result names, once it is there. The whole URL is an XCom, as Airflow 3 wants it."""
+    """A link to what a step leaves. The whole URL is an XCom, as Airflow 3 wants it."""
 
     result_key = ""
+    # The file's name in the attempt's evidence; none: it is not in the store.
+    evidence = ""
 
     @property
     def name(self) -> str:
@@ -38,23 +43,40 @@ class ResultLink(BaseOperatorLink):
 
         return str(XCom.get_value(key=self.xcom_key, ti_key=ti_key) or "")
 
+    def known(self, dag_id: str, run_id: str, attempt: str) -> str:
+        """Return the URL at which the link's page will be, given the attempt's folder."""
+        return addresses.ours(addresses.EVIDENCE, dag_id=dag_id, path=f"{attempt}/evidence/{self.evidence}")
+
 
 class MLflowRunLink(ResultLink):
-    """The training's run in MLflow."""
+    """The training's run in MLflow, found there by the attempt that made it."""
 
     result_key = "MLflow run"
+
+    def known(self, dag_id: str, run_id: str, attempt: str) -> str:
+        """Return the address that leads on to MLflow."""
+        return addresses.ours(addresses.MLFLOW_RUN, dag_id=dag_id, attempt=attempt)
 
 
 class DataDocsLink(ResultLink):
     """Great Expectations' report of the validation."""
 
     result_key = "Data Docs"
+    evidence = "data_docs/index.html"
 
 
 class CurvesLink(ResultLink):
     """The evaluation's curves."""
 
     result_key = "Curves"
+    evidence = "curves.html"
+
+
+class EvidentlyLink(ResultLink):
+    """Evidently's drift report of a partition."""
+
+    result_key = "Evidently report"
+    evidence = "evidently.html"
 
 
 class ModelVersionLink(ResultLink):
@@ -62,25 +84,54 @@ class ModelVersionLink(ResultLink):
 
     result_key = "MLflow model"
 
+    def known(self, dag_id: str, run_id: str, attempt: str) -> str:
+        """Return the address that leads on to MLflow."""
+        return addresses.ours(addresses.MLFLOW_VERSION, dag_id=dag_id, attempt=attempt)
+
+
+class VerdictLink(ResultLink):
+    """What came of the run, and why: the run's own tab."""
+
+    result_key = "Verdict"
+
+    def known(self, dag_id: str, run_id: str, attempt: str) -> str:
+        """Return the tab's address."""
+        return addresses.verdict(dag_id, run_id)
+
 
 BY_VERB: dict[str, tuple[type[ResultLink], ...]] = {
     "validate": (DataDocsLink,),
     "train": (MLflowRunLink,),
     "evaluate": (CurvesLink,),
+    "gate": (VerdictLink,),
     "register": (ModelVersionLink,),
     "promote": (ModelVersionLink,),
+    "rollback": (ModelVersionLink,),
+    "monitor": (VerdictLink,),
+    "report": (EvidentlyLink,),
 }
-LINKS: tuple[type[ResultLink], ...] = (MLflowRunLink, DataDocsLink, CurvesLink, ModelVersionLink)
+LINKS: tuple[type[ResultLink], ...] = tuple(dict.fromkeys(link for links in BY_VERB.values() for link in links))
+
+
+def expected(verb: str, dag_id: str, run_id: str, attempt: str) -> dict[str, str]:
+    """Return XCom key -> URL for what an attempt that is about to start may leave."""
+    found = [link() for link in BY_VERB.get(verb, ())]
+    return {link.xcom_key: link.known(dag_id, run_id, attempt) for link in found}
+
+
+def shown(result: Result, dag_id: str) -> dict[str, str]:
+    """Return name -> URL for a result's links that have a button; a path of the store is served by the plugin."""
+    names = {link.result_key for link in LINKS}
+    return {name: _url(target, dag_id) for name, target in result.links.items() if name in names}
 
 
 def urls(result: Result, dag_id: str) -> dict[str, str]:
-    """Return XCom key -> URL for a result's links; a path of the store is served by the plugin."""
-    known = {k.result_key: k for k in LINKS}
-    out = {}
-    for name, target in result.links.items():
-        if name in known:
-            url = (
-                target if target.startswith(("http://", "https://")) else f"{EVIDENCE}/{quote(dag_id)}/{quote(target)}"
-            )
-            out[known[name]().xcom_key] = url
-    return out
+    """Return XCom key -> URL for a result's links."""
+    found = shown(result, dag_id)
+    return {link().xcom_key: found[link.result_key] for link in LINKS if link.result_key in found}
+
+
+def _url(target: str, dag_id: str) -> str:
+    if target.startswith(("http://", "https://")):
+        return target
+    return addresses.ours(addresses.EVIDENCE, dag_id=dag_id, path=target)

@@ -150,6 +150,11 @@ class Mlflow:
 
     # -- runs --------------------------------------------------------------------------------------
 
+    def find_experiment(self, name: str) -> str | None:
+        """Return the id of an experiment, or None."""
+        found = self._find("experiments/get-by-name", experiment_name=name)
+        return str(found["experiment"]["experiment_id"]) if found else None
+
     def experiment(self, name: str) -> str:
         """Return the id of an experiment, made when it is not there. Raises `UserError` when it was deleted."""
         found = self._find("experiments/get-by-name", experiment_name=name)
