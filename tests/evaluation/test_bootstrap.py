@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from orrery.evaluation import bootstrap, metrics
+from orrery.evaluation import bootstrap, metrics, quantiles
 
 
 def planted(n: int = 600, lift: float = 0.5, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -180,7 +180,7 @@ def test_a_better_model_is_still_seen_on_days_that_differ() -> None:
 
 @pytest.mark.parametrize(("freedom", "exact"), [(9, 2.26216), (13, 2.16037), (30, 2.04227), (1000, 1.96234)])
 def test_the_quantile_is_students(freedom: int, exact: float) -> None:
-    assert bootstrap.student_quantile(0.975, freedom) == pytest.approx(exact, rel=2e-4)
+    assert quantiles.student_quantile(0.975, freedom) == pytest.approx(exact, rel=2e-4)
 
 
 def test_the_interval_covers_the_true_difference_about_as_often_as_it_says() -> None:

@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from orrery.evaluation import metrics
 from orrery.evaluation.metrics import Array
+from orrery.evaluation.quantiles import student_quantile
 
 # Counts of a chunk of draws: about 8 MB per array, which stays near the caches.
 CHUNK_CELLS = 1_000_000
@@ -163,18 +164,6 @@ def _percentiles(count: int) -> tuple[float, float]:
     t = student_quantile(1 - (1 - CONFIDENCE) / 2, count - 1)
     tail = NormalDist().cdf(-t * (count / (count - 1)) ** 0.5)
     return 100 * tail, 100 * (1 - tail)
-
-
-def student_quantile(share: float, freedom: int) -> float:
-    """Return Student's t quantile from the normal one (Abramowitz & Stegun 1964, 26.7.5).
-
-    Within 0.1 % from 9 degrees of freedom; scipy's import alone would take longer than the whole bootstrap.
-    """
-    z, v = NormalDist().inv_cdf(share), float(freedom)
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / v + second / v**2 + third / v**3
 
 
 def _difference(delta: float, drawn: Array, percentiles: tuple[float, float]) -> Difference:

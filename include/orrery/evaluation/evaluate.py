@@ -1,6 +1,7 @@
 """`evaluate`: candidate, baseline and champion on the same later rows, and how sure the differences are.
 
-    report.json           every number that follows from the rows and the models, for people and the gate
+    report.json           every number that follows from the rows and the models, for people, the gate and the monitor
+                          (`promise`)
     predictions.parquet   key, label and each model's prediction per holdout row
 
 Latency is measured, not computed, and differs from run to run: it goes into the result (`metrics`), which the
@@ -17,13 +18,14 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from orrery.contract import EvaluateParams, Result
 from orrery.data import tables
 from orrery.errors import DataError, UserError
-from orrery.evaluation import bootstrap, exported, holdout, leaks, metrics, slices
+from orrery.evaluation import bootstrap, certainty, exported, holdout, leaks, metrics, slices
 from orrery.evaluation.bootstrap import Difference
 from orrery.evaluation.exported import Exported
 from orrery.evaluation.holdout import Holdout
@@ -137,7 +139,8 @@ def _report(
     task = work.spec.task
     primary = PRIMARY[task]
     numbers = {n: metrics.all_metrics(task, rows.y, p) for n, p in predictions.items()}
-    units = bootstrap.units(holdout.moments(rows.table))
+    moments = holdout.moments(rows.table)
+    units = bootstrap.units(moments)
     with _timed(work, "bootstrap"):
         compared = _compare(work, params, rows, predictions, units)
     times = pc.min_max(rows.table[tables.PREDICTION_TIME]).as_py()
@@ -156,6 +159,11 @@ def _report(
         "metrics": {n: {k: _finite(v) for k, v in values.items()} for n, values in numbers.items()},
         "comparisons": {n: {k: _finite(v) for k, v in asdict(d).items()} for n, d in compared.items()},
         "bootstrap": {"by": units.by, "units": units.count},
+        "promise": {
+            name: _promise(work, rows, predictions[name], candidate, units, moments)
+            for name in ("candidate", "champion")
+            if name in predictions
+        },
         "slices": _slices(rows, predictions["candidate"], candidate, primary),
         "disparity": _disparity(work, rows, predictions["candidate"]),
         "best_single_feature": leaks.best_single_feature(rows, candidate.schema, task),
@@ -179,6 +187,21 @@ def _compare(
             by=units,
             on_draws=tick,
         )
+
+
+def _promise(
+    work: Work, rows: Holdout, p: Array, candidate: Exported, units: bootstrap.Units, moments: npt.NDArray[np.int64]
+) -> dict[str, Any] | None:
+    """Return what a model promises on the primary metric, and how surely: monitoring holds it to that."""
+    task = work.spec.task
+    whole = certainty.of_primary(task, rows.y, p, units)
+    if whole is None:
+        return None
+    by_slice = {}
+    for name in candidate.schema.vocabularies:
+        found = certainty.of_slices(task, *holdout.groups(rows.table, name), rows.y, p, moments)
+        by_slice[name] = {value: one.told(PRIMARY[task]) for value, one in found.items()}
+    return {**whole.told(PRIMARY[task]), "slices": by_slice}
 
 
 def _slices(rows: Holdout, p: Array, candidate: Exported, primary: str) -> dict[str, list[dict[str, Any]]]:
