@@ -3,6 +3,7 @@
     report.json           every number that follows from the rows and the models, for people, the gate and the monitor
                           (`promise`)
     predictions.parquet   key, label and each model's prediction per holdout row
+    reference.json        bins and counts of the window's features and of the candidate's predictions, for drift
 
 Latency is measured, not computed, and differs from run to run: it goes into the result (`metrics`), which the
 content digest does not cover. Decides nothing; see `gate`.
@@ -25,7 +26,7 @@ import pyarrow.compute as pc
 from orrery.contract import EvaluateParams, Result
 from orrery.data import tables
 from orrery.errors import DataError, UserError
-from orrery.evaluation import bootstrap, certainty, exported, holdout, leaks, metrics, slices
+from orrery.evaluation import bootstrap, certainty, exported, holdout, leaks, metrics, reference, slices
 from orrery.evaluation.bootstrap import Difference
 from orrery.evaluation.exported import Exported
 from orrery.evaluation.holdout import Holdout
@@ -59,6 +60,8 @@ def run(work: Work, params: EvaluateParams) -> Result:
     report["champion"] = _told(work, champion[0], unusable, rows) if champion else None
     work.write_json("report.json", report)
     tables.write_parquet(_predictions_table(rows, predictions), work.path("predictions.parquet"))
+    with _timed(work, "reference"):
+        _keep_reference(work, candidate, predictions["candidate"])
     result = Result(metrics=_flat(report), reasons=_undefined(report))
     result.metrics |= _measurements(work, training, candidate, table)
     result.facts = {"rows": len(rows.y), "primary": report["primary"]}
@@ -233,6 +236,12 @@ def _predictions_table(rows: Holdout, predictions: Predictions) -> pa.Table:
 def _arrow(values: Array) -> pa.Array:
     flat = pa.array(values.astype(np.float32).ravel())
     return flat if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+
+
+def _keep_reference(work: Work, candidate: Exported, predictions: Array) -> None:
+    files = [work.open_input(m, "features.parquet") for m in work.inputs("features")]
+    made = reference.make(files, candidate.schema, predictions, work.config.key, work.config.sample)
+    work.write_json(reference.FILE, made.to_dict())
 
 
 def _measurements(work: Work, training: Manifest, candidate: Exported, table: pa.Table) -> dict[str, float]:
