@@ -96,6 +96,24 @@ class Feast(Frozen):
         return value
 
 
+ConnectionId = Annotated[str, StringConstraints(pattern=r"^[\w.-]{1,200}$")]
+Address = Annotated[str, StringConstraints(pattern=r"^[^\s@<>,;:\"\\]{1,64}@[A-Za-z0-9.-]{1,190}$")]
+
+
+class Email(Frozen):
+    """Alerts by e-mail: an Airflow connection of type smtp (its extra holds `from_email`), and who reads them."""
+
+    connection: ConnectionId
+    to: tuple[Address, ...] = Field(min_length=1, max_length=50)
+
+
+class Alerts(Frozen):
+    """Where alerts go beside the ledger, the log and the run's note. What is secret of it is in the connections."""
+
+    webhook: ConnectionId | None = Field(None, description="Airflow connection that each alert is POSTed to, as JSON.")
+    email: Email | None = None
+
+
 class Platform(Frozen):
     """The whole of platform.yaml."""
 
@@ -110,6 +128,7 @@ class Platform(Frozen):
     kubernetes: Kubernetes = Kubernetes()
     spark: Spark = Spark()
     feast: Feast = Feast()
+    alerts: Alerts = Alerts()
 
     def compute_class(self, name: str) -> Compute:
         """Return a compute class. Raises `SpecError` that lists what there is."""
