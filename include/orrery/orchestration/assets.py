@@ -9,5 +9,5 @@ DAGS = ("watch", "ingest", "request", "train", "score", "labels", "monitor", "ro
 
 
 def asset(project: str, dataset: str) -> Asset:
-    """Return one of a project's assets: raw, features, request, candidate, champion, scores, labels, health."""
+    """Return one of a project's assets: landed, raw, features, request, candidate, champion, scores, labels, health."""
     return Asset(name=f"{project}/{dataset}", uri=f"x-orrery://{project}/{dataset}", group="orrery")
