@@ -8,6 +8,7 @@ from airflow.plugins_manager import AirflowPlugin
 
 from orrery.orchestration.links import LINKS
 from orrery.orchestration.notes import Notes
+from orrery.orchestration.origin import Origin
 from orrery.orchestration.web import addresses
 
 
@@ -55,6 +56,6 @@ class OrreryPlugin(AirflowPlugin):
 
     name = "orrery"
     operator_extra_links = [link() for link in LINKS]  # noqa: RUF012  Airflow reads plain lists
-    listeners = [Notes()]  # noqa: RUF012
+    listeners = [Notes(), Origin()]  # noqa: RUF012
     fastapi_apps = _apps()
     external_views = _views()

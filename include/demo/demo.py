@@ -1,6 +1,6 @@
 """The whole loop on real flights, through Airflow's REST API: `make demo`.
 
-January to March land and are ingested; their three months of features make up a quarter, so training starts
+January to March land and are ingested; their features complete a window, so a training is asked for and starts
 by itself; the champion is promoted; April lands and is scored. Ends non-zero, with the failing task's log,
 when any of the runs fails. Writes var/demo/report.json, when all is well.
 """
@@ -30,7 +30,7 @@ from orrery.local import interpreter, venvs
 
 PROJECT = "flight_delay"
 WINDOW = ("2013-01", "2013-02", "2013-03")
-QUARTER = "2013-Q1"
+ASKED = f"{WINDOW[0]}..{WINDOW[-1]}"
 SCORED = "2013-04"
 HERE = Path(__file__).resolve().parent
 MARKS = {
@@ -199,7 +199,7 @@ def tasks(api: AirflowApi, book: Ledger, story: Story, seconds: dict[str, float]
     for dag, key in ingest:
         api.trigger(dag, {"reason": "make demo"}, partition_key=key)
     timed(seconds, "ingest", lambda: story.wait(ingest, "ingest"))
-    train = timed(seconds, "train", lambda: story.wait([(f"{PROJECT}.train", QUARTER)], "training", 900))[0]
+    train = timed(seconds, "train", lambda: story.wait([(f"{PROJECT}.train", ASKED)], "training", 900))[0]
     if book.champion(PROJECT) is None:
         why = "; ".join(_reasons(book)) or "see the task `gate`"
         raise UserError("there is no champion: the gate kept the candidate", hint=why)

@@ -175,7 +175,9 @@ def ledger(
     all_: Annotated[bool, typer.Option("--all", help="Every run of a step as well.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Lines of JSON.")] = False,
 ) -> None:
-    """Show who promoted what, when, why and on which evidence; what was true at a time; what is unfinished."""
+    """Show who asked for and promoted what, when, why, on which evidence; what was true at a time; what is unfinished."""
+    from orrery import ledger_text
+
     platform.project_folder(project)
     book = Ledger(platform.load().ledger)
     if at:
@@ -185,19 +187,10 @@ def ledger(
         for e in entries:
             print(json.dumps(e.__dict__, sort_keys=True))  # noqa: T201
         return
-    done = {(e.kind, e.key) for e in entries if e.phase == "done"}
     for e in entries:
-        if e.phase == "intent" and (e.kind, e.key) in done:
-            continue
-        p = e.payload
-        what = f"{' (intent)' if e.phase == 'intent' else ''}"
-        if "version" in p and e.kind != "run":
-            what += f" {p.get('from') or '–'} → {p['version']}"
-        else:
-            what += f" {p['verb']} {p['key']}: {p.get('verdict') or p.get('status')}"
-        out.print(f"{e.at[:19].replace('T', ' ')}  [bold]{e.kind}[/]{escape(f'{what}  by {e.actor}')}")
-        for line in [p.get("reason"), *p.get("reasons", ()), *(f"{n}: {m}" for n, m in p.get("evidence", {}).items())]:
-            if line:
+        if head := ledger_text.line(e, entries):
+            out.print(f"{e.at[:19].replace('T', ' ')}  [bold]{e.kind}[/]{escape(f' {head}')}")
+            for line in ledger_text.details(e):
                 out.print(f"    {line}", markup=False)
     now = book.champion(project, at)
     out.print(
@@ -217,39 +210,16 @@ def rollback(
     reason: Annotated[str, typer.Option(help="Why; goes into the ledger.")] = "",
 ) -> None:
     """Make an earlier version the champion again, once it has scored a probe batch."""
+    from orrery.champions import rollback_request
     from orrery.local import LocalProcess
     from orrery.runner import run as carry
 
     planner = Planner(project)
-    versions, now = planner.ledger.versions(project), planner.champion()
-    if now is None:
-        raise UserError(f"{project} has no champion, so there is nothing to roll back")
-    if to == now.version:
-        raise RequestError(f"version {to} is the champion of {project} already", hint=f"orrery ledger {project}")
-    target = to or _before(planner, now.version)
-    others = [v for v in versions if v != now.version]
-    if target not in others:
-        raise RequestError(f"cannot roll back to version {target!r}", hint=nearest(str(target), others))
-    model = planner.store.manifest(versions[target])
-    if model is None:
-        raise UserError(f"the model of version {target} ({versions[target]}) is gone from {planner.store.uri}")
-    keys = tuple(ref.key for ref in model.inputs["features"])
     name = f"cli--{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
-    options: dict[str, Any] = {"version": target, "model": versions[target], "previous": now.version}
-    request = Request(project, "rollback", keys, name, "rollback", actor=actor(), reason=reason, options=options)
+    request = rollback_request(planner, to, run=name, actor=actor(), reason=reason)
     show("rollback", request.key, carry(planner, request, LocalProcess()))
-    out.print(f"champion of {project}: version {escape(f'{now.version} → {target}')}")
-
-
-def _before(planner: Planner, version: str) -> str:
-    """Return the champion below the present one. Raises `UserError` when there is none."""
-    stack = planner.ledger.champions(planner.project)
-    if len(stack) < 2:
-        raise UserError(
-            f"no version was champion before version {version}",
-            hint=f"train a better one, or name another one: orrery rollback {planner.project} --to VERSION",
-        )
-    return stack[-2]
+    before, after = request.options["previous"], request.options["version"]
+    out.print(f"champion of {project}: version {escape(f'{before} → {after}')}")
 
 
 @app.command()

@@ -80,9 +80,3 @@ def window_name(keys: tuple[str, ...]) -> str:
 def window_ending(last: str, grain: Grain, length: int) -> tuple[str, ...]:
     """Return the `length` keys that end with `last`."""
     return tuple(shift(last, grain, i - length + 1) for i in range(length))
-
-
-def quarter_end(key: str) -> str | None:
-    """Return the last month of a quarter key such as `2013-Q1`, or None when it is not one."""
-    m = re.fullmatch(r"(\d{4})-Q([1-4])", key, flags=re.ASCII)
-    return f"{m[1]}-{int(m[2]) * 3:02d}" if m else None

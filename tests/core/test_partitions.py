@@ -128,12 +128,3 @@ def test_time_has_ends(key: str, grain: Grain, by: int) -> None:
     if by == 1:
         with pytest.raises(RequestError):
             p.bounds(key, grain)
-
-
-@pytest.mark.parametrize(
-    ("key", "month"),
-    [("2013-Q1", "2013-03"), ("2013-Q4", "2013-12"), ("2013-Q5", None), ("2013-Q0", None), ("2013-Q1\n", None),
-     ("２０１３-Q1", None), ("2013-q1", None), ("2013-03", None)],
-)  # fmt: skip
-def test_quarters(key: str, month: str | None) -> None:
-    assert p.quarter_end(key) == month

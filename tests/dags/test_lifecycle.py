@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,40 +25,65 @@ def bag(tmp_path_factory: pytest.TempPathFactory):
     return bag
 
 
-def test_each_project_has_its_three_dags(bag) -> None:
-    assert {"flight_delay.ingest", "flight_delay.train", "flight_delay.score"} <= set(bag.dags)
+def test_each_project_has_its_dags(bag) -> None:
+    from orrery.orchestration.assets import DAGS
+
+    # `watch` is there for whoever asks for it in the spec.
+    assert {f"flight_delay.{name}" for name in DAGS} - {"flight_delay.watch"} == set(bag.dags)
+
+
+def test_a_project_that_watches_its_sources_has_one_more(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from orrery.orchestration import lifecycle
+
+    shutil.copytree(ROOT / "include" / "projects" / "flight_delay", tmp_path / "flight_delay")
+    spec = tmp_path / "flight_delay" / "spec.yaml"
+    spec.write_text(spec.read_text() + "\nwatch: 1m\n")
+    monkeypatch.setenv("ORRERY_PROJECTS", str(tmp_path))
+    assert "watch" in lifecycle("flight_delay", "a runbook")
 
 
 def test_tasks_are_verbs_in_order_and_in_groups(bag) -> None:
-    order = {
-        name: [t.task_id for t in bag.dags[f"flight_delay.{name}"].topological_sort()]
-        for name in ("ingest", "train", "score")
-    }
+    order = {name.partition(".")[2]: [t.task_id for t in dag.topological_sort()] for name, dag in bag.dags.items()}
+    train = ["request", "materialize", "train", "evaluate", "gate", "register", "promote"]
     assert order == {
         "ingest": ["ingest", "validate", "materialize"],
-        "train": ["materialize", "train", "evaluate", "gate", "register", "promote"],
+        "request": ["request"],
+        "train": train,
         "score": ["score"],
+        "labels": ["labels"],
+        "monitor": order["monitor"],
+        "rollback": ["rollback"],
     }
     groups = bag.dags["flight_delay.train"].task_group.children
-    assert list(groups) == ["data", "fit", "release"]
+    assert list(groups) == ["request", "data", "fit", "release"]
+    # Beside each other: neither waits for the other.
+    monitor = bag.dags["flight_delay.monitor"].get_task("monitor")
+    assert monitor.downstream_task_ids == {"request", "report"}
 
 
 def test_dags_are_chained_by_partitioned_assets(bag) -> None:
     def outlets(dag: str) -> dict[str, list[str]]:
-        return {t.task_id: [o.uri for o in t.outlets] for t in bag.dags[dag].tasks if t.outlets}
+        return {t.task_id: [o.uri for o in t.outlets] for t in bag.dags[f"flight_delay.{dag}"].tasks if t.outlets}
 
-    assert outlets("flight_delay.ingest") == {
-        "validate": ["x-orrery://flight_delay/raw"],
-        "materialize": ["x-orrery://flight_delay/features"],
-    }
-    assert outlets("flight_delay.train") == {
-        "train": ["x-orrery://flight_delay/candidate"],
-        "promote": ["x-orrery://flight_delay/champion"],
-    }
-    for name in ("train", "score"):
+    at = "x-orrery://flight_delay"
+    assert outlets("ingest") == {"validate": [f"{at}/raw"], "materialize": [f"{at}/features"]}
+    assert outlets("request") == {"request": [f"{at}/request"]}
+    assert outlets("train") == {"train": [f"{at}/candidate"], "promote": [f"{at}/champion"]}
+    assert outlets("score") == {"score": [f"{at}/scores"]}
+    assert outlets("labels") == {"labels": [f"{at}/labels"]}
+    assert outlets("monitor") == {"monitor": [f"{at}/health"], "request": [f"{at}/request"]}
+    assert outlets("rollback") == {"rollback": [f"{at}/champion"]}
+    follows = {"request": "features", "train": "request", "score": "features", "labels": "scores", "monitor": "labels"}
+    for name, dataset in follows.items():
         timetable = bag.dags[f"flight_delay.{name}"].timetable
-        assert timetable.asset_condition.uri == "x-orrery://flight_delay/features"
+        assert timetable.asset_condition.uri == f"{at}/{dataset}"
         assert type(timetable).__name__ == "PartitionedAssetTimetable"
+
+
+def test_what_must_come_in_order_runs_one_at_a_time_and_waits_do_not(bag) -> None:
+    at_once = {name.partition(".")[2]: dag.max_active_runs for name, dag in bag.dags.items()}
+    assert at_once.pop("labels") >= 168  # an hourly project whose labels take a week
+    assert set(at_once.values()) == {1}
 
 
 def test_ingest_runs_for_the_partition_that_has_just_ended(bag) -> None:
@@ -68,6 +94,14 @@ def test_ingest_runs_for_the_partition_that_has_just_ended(bag) -> None:
     timetable = dag.timetable
     _, key = timetable._get_partition_info(datetime(2013, 4, 2, 6, tz="UTC"))
     assert key == "2013-03"
+
+
+def spec_of(grain: str, **more: object):
+    from orrery.spec import ModelSpec
+
+    source = {"uri": "file:///x/{partition}.csv", "partition": grain}
+    values = {"version": 1, "kind": "model", "owner": "a", "task": "binary", "label": {"column": "late"}}
+    return ModelSpec.model_validate({**values, "sources": {"rows": source}, **more})
 
 
 @pytest.mark.parametrize(
@@ -85,31 +119,80 @@ def test_each_partition_size_has_a_schedule_of_its_own(grain: str, tick: str, ke
     from airflow.serialization.serialized_objects import DagSerialization
 
     from orrery.orchestration.timetables import ingest_schedule
-    from orrery.spec import ModelSpec
 
-    spec = ModelSpec.model_validate(
-        {
-            "version": 1,
-            "kind": "model",
-            "owner": "a",
-            "task": "binary",
-            "label": {"column": "late"},
-            "sources": {"rows": {"uri": "file:///x/{partition}.csv", "partition": grain}},
-        }
-    )
-    dag = DAG("probe", schedule=ingest_schedule(spec))
+    dag = DAG("probe", schedule=ingest_schedule(spec_of(grain)))
     timetable = DagSerialization.from_dict(DagSerialization.to_dict(dag)).timetable
     assert timetable._get_partition_info(pendulum.parse(tick))[1] == key
 
 
-def test_three_months_make_a_quarter_and_nothing_less() -> None:
-    from airflow.partition_mappers.base import RollupMapper
-    from airflow.partition_mappers.temporal import StartOfQuarterMapper
-    from airflow.partition_mappers.window import QuarterWindow
+@pytest.mark.parametrize(
+    ("retrain", "kind"),
+    [
+        ({"on": ["each"]}, "PartitionedAssetTimetable"),
+        ({"on": ["drift", "quarterly"]}, "PartitionedAssetTimetable"),
+        ({"on": ["drift"], "cron": "0 7 * * mon"}, "CronPartitionTimetable"),
+        ({"on": ["drift"]}, None),
+    ],
+)
+def test_the_spec_says_what_asks_for_a_training_by_itself(retrain: dict, kind: str | None) -> None:
+    from orrery.orchestration.timetables import request_schedule
 
-    mapper = RollupMapper(upstream_mapper=StartOfQuarterMapper(input_format="%Y-%m"), window=QuarterWindow())
-    assert mapper.to_downstream("2013-02") == "2013-Q1"
-    assert set(mapper.to_upstream("2013-Q1")) == {"2013-01", "2013-02", "2013-03"}
+    schedule = request_schedule("p", spec_of("month", retrain=retrain))
+    assert (type(schedule).__name__ if schedule is not None else None) == kind
+
+
+def test_nothing_is_scheduled_after_the_last_partition_and_backfills_still_are(bag) -> None:
+    """By the scheduler's own logic, after a backfilled run, today: years after the data ended."""
+    from airflow.serialization.serialized_objects import DagSerialization
+    from airflow.timetables.base import DagRunInfo
+    from pendulum import datetime
+
+    def stored(dag):
+        return DagSerialization.from_dict(DagSerialization.to_dict(dag))
+
+    tick = datetime(2013, 4, 1, 6, tz="UTC")
+    before = DagRunInfo(run_after=tick, data_interval=None, partition_date=tick, partition_key="2013-04")
+    ended = stored(bag.dags["flight_delay.ingest"])
+    assert ended.next_dagrun_info(last_automated_run_info=before) is None
+    assert ended.next_dagrun_info(last_automated_run_info=None) is None
+    keys = [i.partition_key for i in ended.iter_dagrun_infos_between(datetime(2013, 10, 1), datetime(2013, 12, 31))]
+    assert keys == ["2013-10", "2013-11", "2013-12"]
+    # What it was before: the newest past month, for which no data will ever land.
+    endless = stored(bag.dags["flight_delay.ingest"])
+    endless.end_date = None
+    endless.__dict__.pop("_time_restriction", None)
+    for task in endless.tasks:
+        task.end_date = None
+    following = endless.next_dagrun_info(last_automated_run_info=before)
+    assert following is not None and following.partition_key > "2026"
+
+
+@pytest.mark.parametrize("grain", ["hour", "day", "month", "year"])
+def test_the_last_partition_itself_is_still_scheduled(grain: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scheduler's logic, its clock set to just after the last partition's tick, then to after the next one's."""
+    import pendulum
+    from airflow.sdk import DAG
+    from airflow.serialization.serialized_objects import DagSerialization
+    from airflow.timetables.base import DagRunInfo
+
+    from orrery.orchestration.timetables import end_date, ingest_schedule
+
+    last, tick, later = {
+        "hour": ("2013-12-31T23", "2014-01-01T00:16", "2014-01-01T01:16"),
+        "day": ("2013-12-31", "2014-01-01T06:01", "2014-01-02T06:01"),
+        "month": ("2013-12", "2014-01-02T06:01", "2014-02-02T06:01"),
+        "year": ("2013", "2014-01-02T06:01", "2015-01-02T06:01"),
+    }[grain]
+    spec = spec_of(grain, ends=last)
+    dag = DAG("probe", schedule=ingest_schedule(spec), catchup=False, end_date=end_date(spec))
+    dag = DagSerialization.from_dict(DagSerialization.to_dict(dag))
+    first = pendulum.datetime(2010, 1, 1)
+    before = DagRunInfo(run_after=first, data_interval=None, partition_date=first, partition_key="x")
+    monkeypatch.setattr("airflow.timetables.trigger.utcnow", lambda: pendulum.parse(tick))
+    found = dag.next_dagrun_info(last_automated_run_info=before)
+    assert found is not None and found.partition_key == last
+    monkeypatch.setattr("airflow.timetables.trigger.utcnow", lambda: pendulum.parse(later))
+    assert dag.next_dagrun_info(last_automated_run_info=before) is None
 
 
 def test_every_task_has_owner_pool_timeout_and_retry_policy(bag) -> None:
@@ -176,14 +259,20 @@ HOSTILE = [
 def test_the_form_refuses_what_is_no_partition(bag, value: str) -> None:
     from airflow.sdk.exceptions import ParamValidationError
 
-    for dag, param in (("ingest", "partition"), ("score", "partition"), ("train", "window")):
+    forms = {"ingest": "partition", "score": "partition", "labels": "partition", "monitor": "partition"}
+    for dag, param in {**forms, "train": "window", "request": "window", "rollback": "version"}.items():
         params = copy.deepcopy(bag.dags[f"flight_delay.{dag}"].params)
         with pytest.raises(ParamValidationError):
             params[param] = value
 
 
 def test_the_form_takes_a_partition(bag) -> None:
-    for dag, param, value in (("ingest", "partition", "2013-01"), ("train", "window", "2013-01..2013-03")):
+    for dag, param, value in (
+        ("ingest", "partition", "2013-01"),
+        ("train", "window", "2013-01..2013-03"),
+        ("request", "window", "2013-03"),
+        ("rollback", "version", "12"),
+    ):
         params = copy.deepcopy(bag.dags[f"flight_delay.{dag}"].params)
         params[param] = value
         assert params.validate()[param] == value
@@ -192,17 +281,18 @@ def test_the_form_takes_a_partition(bag) -> None:
 class Run:
     """What a Dag run looks like to a task."""
 
-    def __init__(self, conf: dict | None = None, partition_key: str | None = None) -> None:
-        self.conf, self.partition_key, self.triggering_user_name, self.run_type = conf, partition_key, "ada", "manual"
+    def __init__(self, dag: str, conf: dict | None = None, partition_key: str | None = None) -> None:
+        self.dag_id, self.conf, self.partition_key = f"flight_delay.{dag}", conf, partition_key
+        self.triggering_user_name, self.run_type = "ada", "manual"
 
 
-def read(conf: dict | None, partition_key: str | None = None, *, window: bool = False, **params: object):
+def read(conf: dict | None, partition_key: str | None = None, *, dag: str = "ingest"):
     from orrery.orchestration.params import form, read
     from orrery.plan import Planner
 
     planner = Planner("flight_delay")
-    values = {k: p.value for k, p in form("month", window=window).items()} | (conf or {}) | params
-    return read({"dag_run": Run(conf, partition_key), "params": values}, planner, window=window)
+    values = {k: p.value for k, p in form(dag, planner.spec).items()} | (conf or {})
+    return read({"dag_run": Run(dag, conf, partition_key), "params": values}, planner)
 
 
 def test_a_request_is_read_strictly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -211,19 +301,32 @@ def test_a_request_is_read_strictly(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setenv("ORRERY_STORE", f"file://{tmp_path}/store")
     assert read({"partition": "2013-02"}).partitions == ("2013-02",)
     assert read({}, "2013-02").partitions == ("2013-02",)
-    assert read({}, "2013-Q1", window=True).partitions == ("2013-01", "2013-02", "2013-03")
-    assert read({"window": "2013-01..2013-02"}, window=True).partitions == ("2013-01", "2013-02")
-    assert read({"window": "2013-04"}, window=True).partitions == ("2013-02", "2013-03", "2013-04")
+    assert read({}, "2013-01..2013-03", dag="train").partitions == ("2013-01", "2013-02", "2013-03")
+    assert read({"window": "2013-01..2013-02"}, dag="train").partitions == ("2013-01", "2013-02")
+    assert read({"window": "2013-04"}, dag="request").partitions == ("2013-02", "2013-03", "2013-04")
     assert read({"partition": "2013-02"}).actor == "ada"
+    assert read({"version": "3", "reason": "why"}, dag="rollback").version == "3"
     with pytest.raises(RequestError, match="unknown key 'partitoin'.*\n.*did you mean 'partition'"):
         read({"partitoin": "2013-02"})
     with pytest.raises(RequestError, match="names no partition"):
         read({})
     with pytest.raises(RequestError, match="give one"):
         read({"partition": "2013-02"}, "2013-03")
-    for value in HOSTILE:
+
+
+@pytest.mark.parametrize("dag", ["ingest", "request", "train", "score", "labels", "monitor", "rollback"])
+def test_every_dag_refuses_hostile_values_and_unknown_keys(
+    dag: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from orrery.errors import RequestError
+
+    monkeypatch.setenv("ORRERY_STORE", f"file://{tmp_path}/store")
+    for value in HOSTILE if dag != "rollback" else ():
         with pytest.raises(RequestError):
-            read({}, value or None)
+            read({}, value or None, dag=dag)
+    for key in ("$(id)", "Partition", "version" if dag != "rollback" else "window"):
+        with pytest.raises(RequestError, match="unknown key"):
+            read({key: "x"}, dag=dag)
 
 
 RENDER = """

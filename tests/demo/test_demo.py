@@ -67,7 +67,7 @@ def test_the_demo(home: Path, env: dict[str, str], monkeypatch: pytest.MonkeyPat
     with AirflowApi.of(home) as api:
         train = api.run("flight_delay.train", report["runs"]["train"])
         # The list of runs alone tells what came of it.
-        assert train.partition_key == "2013-Q1"
+        assert train.partition_key == "2013-01..2013-03"
         assert "gate 2013-01..2013-03: promote" in str(train.note)
         assert api.xcom(train, "train", "link_mlflow_run").startswith(config.url("mlflow"))
 

@@ -1,4 +1,4 @@
-"""A project's lifecycle Dags, from its spec: `<project>.ingest`, `.train` and `.score`."""
+"""A project's lifecycle Dags, from its spec: `<project>.ingest`, `.request`, `.train`, `.score`, `.labels`, …"""
 
 from __future__ import annotations
 
@@ -6,84 +6,131 @@ from datetime import timedelta
 from itertools import pairwise
 from typing import Any
 
-from airflow.sdk import DAG, TaskGroup
+from airflow.sdk import DAG, BaseOperator, TaskGroup
 
 from orrery import platform
 from orrery.contract import VERBS
-from orrery.orchestration import params, retry, timetables
+from orrery.orchestration import notify, params, retry, timetables
+from orrery.orchestration.asking import AskOperator, TakeUpOperator
 from orrery.orchestration.assets import asset
 from orrery.orchestration.operators import StepOperator
+from orrery.orchestration.waiting import LabelsOperator
 from orrery.spec import ModelSpec, load_model, seconds
+
+# A wait costs no worker. By the hour, with a delay of a month, so many wait at once.
+LABELS_AT_ONCE = 1000
 
 
 def lifecycle(project: str, doc: str | None) -> dict[str, DAG]:
     """Make the Dags of one project; Airflow finds them by itself. `doc` is the runbook shown on each."""
     spec = load_model(platform.project_folder(project))
-    return {
-        "ingest": _ingest(project, spec, doc),
-        "train": _train(project, spec, doc),
-        "score": _score(project, spec, doc),
+    makers = {
+        "ingest": _ingest,
+        "request": _request,
+        "train": _train,
+        "score": _score,
+        "labels": _labels,
+        "monitor": _monitor,
+        "rollback": _rollback,
     }
+    dags = {name: make(project, spec, doc) for name, make in makers.items()}
+    if spec.watch:
+        from orrery.orchestration.watching import watch_dag
+
+        dags["watch"] = watch_dag(project, spec, doc)
+    return dags
 
 
 def _ingest(project: str, spec: ModelSpec, doc: str | None) -> DAG:
-    dag = _dag(project, "ingest", spec, doc, timetables.ingest_schedule(spec), window=False)
+    schedule = timetables.ingest_schedule(spec)
+    dag = _dag(project, "ingest", spec, doc, schedule, end_date=timetables.end_date(spec))
     with dag, TaskGroup("data", prefix_group_id=False):
-        steps = [
-            _step(project, "ingest", window=False, chain=("validate", "materialize")),
-            _step(project, "validate", window=False, outlets=[asset(project, "raw")]),
-            _step(project, "materialize", window=False, outlets=[asset(project, "features")]),
-        ]
-        _chain(steps)
+        _chain(
+            _step(project, "ingest", chain=("validate", "materialize")),
+            _step(project, "validate", outlets=[asset(project, "raw")]),
+            _step(project, "materialize", outlets=[asset(project, "features")]),
+        )
+    return dag
+
+
+def _request(project: str, spec: ModelSpec, doc: str | None) -> DAG:
+    schedule = timetables.request_schedule(project, spec)
+    # A calendar of its own ends with the data; one that follows features has none to end.
+    end = timetables.end_date(spec) if spec.retrain.cron else None
+    with (dag := _dag(project, "request", spec, doc, schedule, end_date=end)):
+        _light(AskOperator, "request", project, outlets=[asset(project, "request")])
     return dag
 
 
 def _train(project: str, spec: ModelSpec, doc: str | None) -> DAG:
-    dag = _dag(project, "train", spec, doc, timetables.train_schedule(project, spec), window=True)
+    dag = _dag(project, "train", spec, doc, timetables.after(project, "request"))
     rest = ("train", "evaluate", "gate", "register", "promote")
     with dag:
+        first = _light(TakeUpOperator, "request", project)
         with TaskGroup("data", prefix_group_id=False):
-            data = [_step(project, "materialize", window=True, chain=rest)]
+            data = _step(project, "materialize", chain=rest)
         with TaskGroup("fit", prefix_group_id=False):
             fit = [
-                _step(
-                    project,
-                    "train",
-                    window=True,
-                    outlets=[asset(project, "candidate")],
-                    compute=spec.train.compute,
-                ),
-                _step(project, "evaluate", window=True),
+                _step(project, "train", outlets=[asset(project, "candidate")], compute=spec.train.compute),
+                _step(project, "evaluate"),
             ]
         with TaskGroup("release", prefix_group_id=False):
             release = [
-                _step(project, "gate", window=True),
-                _step(project, "register", window=True),
+                _step(project, "gate"),
+                *_approve(project, spec),
+                _step(project, "register"),
                 # One release at a time: the registry is the smallest server. (A lease guards each project's champion.)
-                _step(project, "promote", window=True, outlets=[asset(project, "champion")], pool="orrery-release"),
+                _step(project, "promote", outlets=[asset(project, "champion")], pool="orrery-release"),
             ]
-        _chain([*data, *fit, *release])
+        _chain(first, data, *fit, *release)
     return dag
 
 
 def _score(project: str, spec: ModelSpec, doc: str | None) -> DAG:
-    dag = _dag(project, "score", spec, doc, timetables.score_schedule(project), window=False)
-    with dag:
-        _step(project, "score", window=False, outlets=[asset(project, "scores")])
+    with (dag := _dag(project, "score", spec, doc, timetables.after(project, "features"))):
+        _step(project, "score", outlets=[asset(project, "scores")])
     return dag
 
 
-def _dag(project: str, verb: str, spec: ModelSpec, doc: str | None, schedule: Any, *, window: bool) -> DAG:
+def _labels(project: str, spec: ModelSpec, doc: str | None) -> DAG:
+    schedule = timetables.after(project, "scores")
+    with (dag := _dag(project, "labels", spec, doc, schedule, max_active_runs=LABELS_AT_ONCE)):
+        _light(LabelsOperator, "labels", project, outlets=[asset(project, "labels")])
+    return dag
+
+
+def _monitor(project: str, spec: ModelSpec, doc: str | None) -> DAG:
+    with (dag := _dag(project, "monitor", spec, doc, timetables.after(project, "labels"))):
+        monitor = _step(project, "monitor", outlets=[asset(project, "health")])
+        # Beside each other: a report that fails keeps no request back.
+        monitor >> [
+            _light(AskOperator, "request", project, outlets=[asset(project, "request")]),
+            _step(project, "report"),
+        ]
+    return dag
+
+
+def _rollback(project: str, spec: ModelSpec, doc: str | None) -> DAG:
+    with (dag := _dag(project, "rollback", spec, doc, None)):
+        _step(project, "rollback", outlets=[asset(project, "champion")], pool="orrery-release")
+    return dag
+
+
+def _dag(
+    project: str, verb: str, spec: ModelSpec, doc: str | None, schedule: Any, *, max_active_runs: int = 1, **kwargs: Any
+) -> DAG:
     return DAG(
         dag_id=f"{project}.{verb}",
         schedule=schedule,
         catchup=False,
-        # One after the other: features look back, and a gate compares with the champion before it.
-        max_active_runs=1,
+        # One after the other: features look back, a gate compares with the champion before it, a verdict of the
+        # monitor with those before it. Queued runs begin in the order in which they were asked for.
+        max_active_runs=max_active_runs,
         tags=["orrery", project, spec.task, f"owner:{spec.owner}"],
         description=(spec.description or f"{verb} of {project}").splitlines()[0][:200],
         doc_md=doc,
-        params=params.form(spec.grain, window=window, length=spec.train.window),
+        deadline=notify.deadline(project, verb, spec),
+        params=params.form(verb, spec),
         default_args={
             "owner": spec.owner,
             "retries": retry.RETRIES,
@@ -92,31 +139,26 @@ def _dag(project: str, verb: str, spec: ModelSpec, doc: str | None, schedule: An
             "max_retry_delay": retry.MAX_DELAY,
             "retry_policy": retry.policy(),
         },
+        **kwargs,
     )
 
 
 def _step(
-    project: str,
-    verb: str,
-    *,
-    window: bool,
-    compute: str | None = None,
-    pool: str | None = None,
-    **kwargs: Any,
+    project: str, verb: str, *, compute: str | None = None, pool: str | None = None, **kwargs: Any
 ) -> StepOperator:
     """Make the task of one verb: its operator by profile; pool and timeout by its compute class."""
     name = compute or VERBS[verb].compute
-    klass = platform.load().compute_class(name)
     common: dict[str, Any] = {
         "task_id": verb,
         "project": project,
         "verb": verb,
-        "window": window,
-        "pool": pool or klass.pool,
-        "execution_timeout": timedelta(seconds=seconds(klass.timeout)),
+        **_class(name),
         "doc_md": f"`{verb}` in environment `{VERBS[verb].environment}` on compute class `{name}`.",
+        **notify.task_callbacks(project, verb),
         **kwargs,
     }
+    if pool:
+        common["pool"] = pool
     if platform.profile() == "kubernetes":
         from orrery.orchestration.pods import PodStepOperator
 
@@ -124,6 +166,26 @@ def _step(
     return StepOperator(**common)
 
 
-def _chain(steps: list[StepOperator]) -> None:
-    for before, after in pairwise(steps):
+def _light(operator: type[BaseOperator], task_id: str, project: str, **kwargs: Any) -> BaseOperator:
+    """Make a task that Airflow's worker does itself: it reads and writes the ledger, or waits."""
+    common = {**_class("cpu-light"), **notify.task_callbacks(project, task_id), **kwargs}
+    return operator(task_id=task_id, project=project, doc_md=operator.__doc__, **common)
+
+
+def _approve(project: str, spec: ModelSpec) -> list[BaseOperator]:
+    """Return the task that asks a person, when the spec wants one asked; only then its imports are paid for."""
+    if spec.approval is None:
+        return []
+    from orrery.orchestration.approval import approve_task
+
+    return [approve_task(project, spec, pool=_class("cpu-light")["pool"])]
+
+
+def _class(name: str) -> dict[str, Any]:
+    found = platform.load().compute_class(name)
+    return {"pool": found.pool, "execution_timeout": timedelta(seconds=seconds(found.timeout))}
+
+
+def _chain(*tasks: BaseOperator) -> None:
+    for before, after in pairwise(tasks):
         before >> after

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from airflow.listeners import hookimpl
 
 from orrery.orchestration.assets import DAGS
-from orrery.orchestration.params import run_name
+from orrery.orchestration.params import first_name, run_name
 
 if TYPE_CHECKING:
     from airflow.models.dagrun import DagRun
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("orrery.notes")
 MAX_LENGTH = 900  # Airflow's column takes 1000
 MARK = "\n— Orrery"  # ends our part
+# What a note tells of steps that went well, what matters most first: the UI shows a note by its first line.
+TOLD = ("rollback", "gate", "approve", "promote", "monitor", "score", "ingest", "request")
 
 
 class Notes:
@@ -40,8 +42,10 @@ class Notes:
         project, _, verb = dag_run.dag_id.partition(".")
         if verb not in DAGS:
             return
+        # A rollback happens once for a run, however often it is cleared.
+        name = first_name(dag_run) if verb == "rollback" else run_name(dag_run)
         try:
-            if text := note(project, run_name(dag_run)):
+            if text := note(project, name):
                 _write(dag_run, text)
         except Exception:
             log.exception("the note of run %s could not be written", dag_run.run_id)
@@ -81,11 +85,22 @@ def note(project: str, run: str) -> str:
     for p in (entry.payload for entry in entries):
         last.pop((p["verb"], ""), None)  # refused before it was known on what; tried again since
         last[p["verb"], p["key"]] = p
-    lines: list[str] = []
-    for (verb, key), p in last.items():
-        if p["status"] != "done":
-            lines.append(f"{verb} {key}".strip() + f": {p.get('error', p['status'])}")
-        elif verb in ("ingest", "gate", "promote", "score"):
-            lines.append(f"{verb} {key}: {p.get('verdict') or p.get('skipped') or 'done'}")
-            lines.extend(f"- {reason}" for reason in p.get("reasons", ())[:12])
-    return "\n".join(lines)
+    wrong = [f"{verb} {key}".strip() + f": {p.get('error', p['status'])}" for (verb, key), p in last.items() if _red(p)]
+    well = [(verb, key, p) for (verb, key), p in last.items() if verb in TOLD and not _red(p)]
+    well.sort(key=lambda told: TOLD.index(told[0]))
+    return "\n".join([*wrong, *(line for verb, key, p in well for line in _lines(verb, key, p))])
+
+
+def _red(p: dict[str, Any]) -> bool:
+    return bool(p["status"] != "done")
+
+
+def _lines(verb: str, key: str, p: dict[str, Any]) -> list[str]:
+    """Return a step that went well: its verdict, then its reasons. One reason of a request shares the line."""
+    ended, reasons = p.get("verdict") or p.get("skipped") or "done", list(p.get("reasons") or ())[:12]
+    if verb == "rollback" and "model_version" in p.get("facts", {}):
+        ended = f"version {p['facts']['model_version']} is the champion again"
+    if verb == "request":
+        reasons = reasons or [p["skipped"]]
+        return [f"{verb} {key}: {ended}, {reason}" for reason in reasons]
+    return [f"{verb} {key}: {ended}", *(f"- {reason}" for reason in reasons)]

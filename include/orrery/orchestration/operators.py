@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 from airflow.sdk import BaseOperator
 from airflow.sdk.exceptions import AirflowSkipException
 
-from orrery import platform
+from orrery import champions, platform, requests
 from orrery.contract import STATUS_OF_CODE, VERBS, Result, StepError
 from orrery.errors import OrreryError, RequestError, UserError
 from orrery.ledger import Ledger
 from orrery.local import LocalProcess, relay
 from orrery.log import shown
-from orrery.orchestration import links, params
+from orrery.orchestration import links, params, waiting
 from orrery.plan import Plan, Planner, Request
 from orrery.runner import record_skip, record_unstarted, run
 
@@ -25,20 +25,24 @@ if TYPE_CHECKING:
 log = logging.getLogger("orrery.step")
 # Verdicts of a step that ended well and made nothing: the gate had kept the champion, there is none to score with.
 NOTHING_MADE = frozenset({"kept", "skipped"})
+# What an event of features says beside the partition when the watch Dag found the data.
+SENSED = {"source": "sensor"}
 
 
 class StepOperator(BaseOperator):
     """Runs one verb of a project. The Dag's request says on what; everything else is the project's.
 
     A verb on partitions inside a Dag on windows (`materialize` before `train`) is carried through the
-    window in order; what is unchanged is skipped before any process is started.
+    window in order; what is unchanged is skipped before any process is started. `monitor` carries the partitions
+    before its own first, as far as they have scores and no health yet: its verdict looks back at them, and events
+    of partitions whose labels are known may come in any order.
     """
 
     ui_color = "#e8eef7"
 
-    def __init__(self, *, project: str, verb: str, window: bool, chain: tuple[str, ...] = (), **kwargs: Any) -> None:
+    def __init__(self, *, project: str, verb: str, chain: tuple[str, ...] = (), **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.project, self.verb, self.window, self.chain = project, verb, window, chain
+        self.project, self.verb, self.chain = project, verb, chain
         self.operator_extra_links = tuple(link() for link in links.BY_VERB.get(verb, ()))
         self._launcher: Any = None
 
@@ -49,7 +53,7 @@ class StepOperator(BaseOperator):
         except OrreryError as e:
             log.error("%s", e)
             if "config" not in e.details:
-                self._record_refusal(context, e)
+                record_refusal(context, self.project, self.verb, e)
             if e.details.get("links"):
                 self._push_links(context, Result(links=dict(e.details["links"])))  # type: ignore[call-overload]
             # The frames that lead here say nothing to the reader of the log; the message above says it all.
@@ -57,22 +61,46 @@ class StepOperator(BaseOperator):
 
     def _execute(self, context: Context) -> dict[str, Any]:
         planner = Planner(self.project)
-        asked = params.read(context, planner, window=self.window)
-        requests = self._requests(context, asked)
+        asked = params.read(context, planner)
+        wanted = self._requests(context, planner, asked)
         if asked.dry_run:
-            self._say_plan(planner, requests)
+            self._say_plan(planner, wanted)
             raise AirflowSkipException("dry run: nothing was done")
-        results = [self._one(context, planner, request) for request in requests]
-        if self.verb != "gate" and results[-1].verdict in NOTHING_MADE:
+        result = self._all(context, planner, wanted)
+        if self.verb != "gate" and result.verdict in NOTHING_MADE:
             # Green and told apart: a task that succeeds would announce its outlets, a champion that is none.
-            raise AirflowSkipException(f"{self.verb}: {results[-1].skipped}")
-        self._emit(context, requests)
-        return summary(results[-1], len(results))
+            raise AirflowSkipException(f"{self.verb}: {result.skipped}")
+        self._emit(context, wanted)
+        return summary(result, len(wanted))
 
-    def _requests(self, context: Context, asked: params.Asked) -> list[Request]:
+    def _all(self, context: Context, planner: Planner, wanted: list[Request]) -> Result:
+        """Carry the requests in order; return the last one's result."""
+        *before, last = wanted
+        for request in before:
+            try:
+                self._one(context, planner, request)
+            except UserError as e:
+                if self.verb != "monitor":
+                    raise
+                # What is wrong with an earlier partition is that one's run to tell; it has no say in this verdict.
+                log.warning("%s %s is left out: %s", self.verb, request.key, e.message)
+        return self._one(context, planner, last)
+
+    def _requests(self, context: Context, planner: Planner, asked: params.Asked) -> list[Request]:
         ti, dag_run = context["ti"], context["dag_run"]
+        if self.verb == "rollback":
+            return [self._rollback(context, planner, asked)]
+        actor, reason, force = asked.actor, asked.reason, asked.force
+        if params.verb_of(dag_run) == "train":
+            served = requests.of_run(planner.ledger, self.project, params.first_name(dag_run))
+            # Who asked and why is what the ledger tells of a promotion; an asset's event says neither.
+            actor = ", ".join(dict.fromkeys(r.by for r in served)) or actor
+            reason = "; ".join(dict.fromkeys(r.why for r in served if r.why))[:500] or reason
+            force = force or any(r.force for r in served)
         whole = VERBS[self.verb].scope == "window"
         groups = [asked.partitions] if whole else [(key,) for key in asked.partitions]
+        if self.verb == "monitor":
+            groups = [*((key,) for key in waiting.behind(planner, asked.partitions[0])), *groups]
         return [
             Request(
                 project=self.project,
@@ -81,13 +109,23 @@ class StepOperator(BaseOperator):
                 run=params.run_name(dag_run),
                 task=ti.task_id,
                 attempt=ti.try_number,
-                actor=asked.actor,
-                reason=asked.reason,
-                force=asked.force,
+                actor=actor,
+                reason=reason,
+                force=force and (self.verb != "monitor" or keys == asked.partitions),
                 options=self._options(context),
             )
             for keys in groups
         ]
+
+    def _rollback(self, context: Context, planner: Planner, asked: params.Asked) -> Request:
+        """Return what is rolled back to. A run that has done so has nothing left to do, however often it is cleared."""
+        run = params.first_name(context["dag_run"])
+        if champions.rolled_back(planner, run) is not None:
+            raise AirflowSkipException("this run has rolled back already: trigger a new one to go further back")
+        attempt = context["ti"].try_number
+        return champions.rollback_request(
+            planner, asked.version, run=run, attempt=attempt, actor=asked.actor, reason=asked.reason
+        )
 
     def _options(self, context: Context) -> Mapping[str, Any]:
         if self.verb != "promote":
@@ -136,32 +174,21 @@ class StepOperator(BaseOperator):
                 hint="add it in Airflow (Admin, Connections) or in airflow_settings.yaml",
             ) from None
 
-    def _record_refusal(self, context: Context, error: OrreryError) -> None:
-        """Write into the ledger why no attempt was even started: the note on the run is made of it."""
-        run, ti = context["dag_run"], context["ti"]
-        told = StepError(kind=type(error).__name__, message=error.message)
-        result = Result(status=STATUS_OF_CODE.get(error.exit_code, "bug"), error=told)
-        request = Request(
-            self.project, self.verb, (), params.run_name(run), ti.task_id, ti.try_number, actor=params.actor(run)
-        )
-        try:
-            record_unstarted(Ledger(platform.load().ledger), request, "", result)
-        except OrreryError as e:
-            log.warning("the refusal is not in the ledger: %s", e)
-
     def _push_links(self, context: Context, result: Result) -> None:
         for key, url in links.urls(result, context["dag_run"].dag_id).items():
             context["ti"].xcom_push(key=key, value=url)
 
-    def _emit(self, context: Context, requests: list[Request]) -> None:
-        """Say which partitions the outlets' events are about."""
+    def _emit(self, context: Context, wanted: list[Request]) -> None:
+        """Say which partitions the outlets' events are about, and whether the watch Dag found them."""
         for outlet in self.outlets:
-            context["outlet_events"][outlet].add_partitions([r.partitions[-1] for r in requests])
+            context["outlet_events"][outlet].add_partitions([r.partitions[-1] for r in wanted])
+            if _sensed(context["dag_run"]):
+                context["outlet_events"][outlet].extra.update(SENSED)
 
-    def _say_plan(self, planner: Planner, requests: list[Request]) -> None:
+    def _say_plan(self, planner: Planner, wanted: list[Request]) -> None:
         for verb in (self.verb, *self.chain):
             log.info("dry run: would run %s of %s (%s)", verb, self.project, VERBS[verb].environment)
-        for request in requests:
+        for request in wanted:
             try:
                 plan = planner.plan(request)
             except RequestError as e:
@@ -174,6 +201,30 @@ class StepOperator(BaseOperator):
         """Stop the step's process and all it started."""
         if self._launcher is not None:
             self._launcher.stop()
+
+
+def _sensed(dag_run: Any) -> bool:
+    """Tell whether the watch Dag started this run, for data that it found."""
+    # Only its task makes a run of this type with that name; a person's run is a manual one, whatever its name.
+    from orrery.orchestration.watching import PREFIX
+
+    return params.value(dag_run.run_type) == "operator_triggered" and dag_run.run_id.startswith(PREFIX)
+
+
+def unstarted(context: Context, project: str, verb: str) -> Request:
+    """Return what the ledger is told of a task that starts no process."""
+    run, ti = context["dag_run"], context["ti"]
+    return Request(project, verb, (), params.run_name(run), ti.task_id, ti.try_number, actor=params.actor(run))
+
+
+def record_refusal(context: Context, project: str, verb: str, error: OrreryError) -> None:
+    """Write into the ledger why no attempt was even started: the note on the run is made of it."""
+    told = StepError(kind=type(error).__name__, message=error.message)
+    result = Result(status=STATUS_OF_CODE.get(error.exit_code, "bug"), error=told)
+    try:
+        record_unstarted(Ledger(platform.load().ledger), unstarted(context, project, verb), "", result)
+    except OrreryError as e:
+        log.warning("the refusal is not in the ledger: %s", e)
 
 
 def _emit(level: int, event: str, fields: dict[str, Any]) -> None:

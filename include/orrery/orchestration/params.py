@@ -10,27 +10,46 @@ from airflow.sdk import Param
 
 from orrery import partitions
 from orrery.errors import RequestError, nearest
-from orrery.partitions import EXAMPLES, PATTERNS, Grain
+from orrery.partitions import EXAMPLES, PATTERNS
 from orrery.plan import Planner, safe_name
+from orrery.spec import ModelSpec
+
+# Dag -> the fields of its form. A Dag that works on data has a partition or a window first.
+FIELDS: dict[str, tuple[str, ...]] = {
+    "watch": (),
+    "ingest": ("partition", "reason", "force", "dry_run"),
+    "request": ("window", "reason", "force", "dry_run"),
+    "train": ("window", "reason", "force", "dry_run"),
+    "score": ("partition", "reason", "force", "dry_run"),
+    "labels": ("partition", "reason"),
+    "monitor": ("partition", "reason", "force", "dry_run"),
+    "rollback": ("version", "reason", "dry_run"),
+}
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One run's request, read and checked."""
+    """One run's request, read and checked. `partitions` is empty where a Dag works on none."""
 
     partitions: tuple[str, ...]
     reason: str
     force: bool
     dry_run: bool
     actor: str
+    version: str | None = None
 
 
-def form(grain: Grain, *, window: bool, length: int = 1) -> dict[str, Param]:
-    """Return the params of a Dag that works on a partition (or on a window of `length` of them)."""
+def verb_of(dag_run: Any) -> str:
+    """Return which of a project's Dags a run belongs to."""
+    return str(dag_run.dag_id).partition(".")[2]
+
+
+def form(dag: str, spec: ModelSpec) -> dict[str, Param]:
+    """Return the params of one of a project's Dags."""
+    grain, length = spec.grain, spec.train.window
     key, example = PATTERNS[grain], EXAMPLES[grain]
-    params: dict[str, Param] = {}
-    if window:
-        params["window"] = Param(
+    known = {
+        "window": lambda: Param(
             None,
             type=["null", "string"],
             pattern=f"^{key}(\\.\\.{key})?$",
@@ -38,59 +57,83 @@ def form(grain: Grain, *, window: bool, length: int = 1) -> dict[str, Param]:
             title="Window",
             description=f"First and last {grain}, both included, such as {example}..{example}. "
             f"One {grain} alone means the {length} that end with it.",
-        )
-    else:
-        params["partition"] = Param(
+        ),
+        "partition": lambda: Param(
             None,
             type=["null", "string"],
             pattern=f"^{key}$",
             maxLength=30,
             title="Partition",
             description=f"The {grain} to work on, such as {example}. Leave empty when the run has a partition key.",
-        )
-    params["reason"] = Param("", type="string", maxLength=500, title="Reason", description="Why; goes into the ledger.")
-    params["force"] = Param(False, type="boolean", title="Force", description="Do the work although nothing changed.")
-    params["dry_run"] = Param(False, type="boolean", title="Dry run", description="Say what would be done; do nothing.")
-    return params
+        ),
+        "version": lambda: Param(
+            None,
+            type=["null", "string"],
+            pattern="^[0-9]{1,9}$",
+            maxLength=9,
+            title="Version",
+            description="The model version to go back to. Leave empty for the champion before this one.",
+        ),
+        "reason": lambda: Param(
+            "", type="string", maxLength=500, title="Reason", description="Why; goes into the ledger."
+        ),
+        "force": lambda: Param(
+            False, type="boolean", title="Force", description="Do the work although nothing changed."
+        ),
+        "dry_run": lambda: Param(
+            False, type="boolean", title="Dry run", description="Say what would be done; do nothing."
+        ),
+    }
+    return {name: known[name]() for name in FIELDS[dag]}
 
 
-def read(context: Mapping[str, Any], planner: Planner, *, window: bool) -> Asked:
-    """Return what the run was asked for. Raises `RequestError` (64): unknown key, no partition, or a malformed one."""
-    run, params = context["dag_run"], context["params"]
-    conf = run.conf or {}
-    allowed = set(form(planner.spec.grain, window=window))
-    unknown = sorted(str(k)[:80] for k in conf if k not in allowed)
+def read(context: Mapping[str, Any], planner: Planner) -> Asked:
+    """Return what a run was asked for: a task's context, or its `dag_run` and `params`.
+
+    Raises `RequestError` (64): unknown key, no partition, or a malformed one.
+    """
+    dag_run, params = context["dag_run"], context["params"]
+    fields = FIELDS[verb_of(dag_run)]
+    conf = dag_run.conf or {}
+    unknown = sorted(str(k)[:80] for k in conf if k not in fields)
     if unknown:
-        raise RequestError(f"the run's conf has an unknown key {unknown[0]!r}", hint=nearest(unknown[0], allowed))
-    given = params.get("window" if window else "partition")
-    if given and run.partition_key:
-        raise RequestError(
-            f"the run has a partition key ({run.partition_key}) and a {'window' if window else 'partition'} ({given})",
-            hint="give one",
-        )
-    keys = _keys(given or run.partition_key, planner, window=window)
-    return Asked(keys, str(params["reason"]), bool(params["force"]), bool(params["dry_run"]), actor(run))
+        raise RequestError(f"the run's conf has an unknown key {unknown[0]!r}", hint=nearest(unknown[0], fields))
+    kind = next((name for name in ("window", "partition") if name in fields), None)
+    keys: tuple[str, ...] = ()
+    if kind:
+        given = params.get(kind)
+        if given and dag_run.partition_key:
+            raise RequestError(
+                f"the run has a partition key ({dag_run.partition_key}) and a {kind} ({given})", hint="give one"
+            )
+        keys = _keys(given or dag_run.partition_key, planner.spec, kind)
+    return Asked(
+        keys,
+        str(params.get("reason") or ""),
+        bool(params.get("force")),
+        bool(params.get("dry_run")),
+        actor(dag_run),
+        params.get("version"),
+    )
 
 
-def _keys(text: str | None, planner: Planner, *, window: bool) -> tuple[str, ...]:
-    grain, length = planner.spec.grain, planner.spec.train.window
+def _keys(text: str | None, spec: ModelSpec, kind: str) -> tuple[str, ...]:
+    grain = spec.grain
     if not text:
-        what = "window" if window else "partition"
         raise RequestError(
-            f"the run names no {what}", hint=f"give {what}, such as {EXAMPLES[grain]}: no clock chooses data"
+            f"the run names no {kind}", hint=f"give {kind}, such as {EXAMPLES[grain]}: no clock chooses data"
         )
-    if not window:
+    if kind == "partition":
         partitions.parse(text, grain)
         return (text,)
-    last = partitions.quarter_end(text) if grain == "month" else None
-    if last or ".." not in text:
-        return partitions.window_ending(last or text, grain, length)
+    if ".." not in text:
+        return partitions.window_ending(text, grain, spec.train.window)
     return partitions.window(text, grain)
 
 
 def actor(dag_run: Any) -> str:
     """Return who asked: the authenticated user, or what started the run."""
-    return dag_run.triggering_user_name or f"airflow ({_value(dag_run.run_type)})"
+    return dag_run.triggering_user_name or f"airflow ({value(dag_run.run_type)})"
 
 
 def run_name(dag_run: Any) -> str:
@@ -99,5 +142,11 @@ def run_name(dag_run: Any) -> str:
     return safe_name(f"{dag_run.dag_id}--{dag_run.run_id}{cleared}")
 
 
-def _value(kind: Any) -> str:
+def first_name(dag_run: Any) -> str:
+    """Return the run's name whether or not it was cleared: for what a run does once, however often it is cleared."""
+    return safe_name(f"{dag_run.dag_id}--{dag_run.run_id}")
+
+
+def value(kind: Any) -> str:
+    """Return the text of one of Airflow's enumerations."""
     return str(getattr(kind, "value", kind))

@@ -31,14 +31,12 @@ class PodStepOperator(StepOperator, KubernetesPodOperator):
     pod_request_obj: Any
     remote_pod: Any
 
-    def __init__(
-        self, *, project: str, verb: str, window: bool, compute: str, chain: tuple[str, ...] = (), **kwargs: Any
-    ) -> None:
+    def __init__(self, *, project: str, verb: str, compute: str, chain: tuple[str, ...] = (), **kwargs: Any) -> None:
         from orrery.contract import VERBS
 
         where = platform.load()
         pod = pod_arguments(where, where.compute_class(compute), VERBS[verb].environment, project, verb)
-        super().__init__(project=project, verb=verb, window=window, chain=chain, **pod, **kwargs)
+        super().__init__(project=project, verb=verb, chain=chain, **pod, **kwargs)
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Return a small summary of the result, like `StepOperator.execute`."""
