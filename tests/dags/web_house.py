@@ -180,7 +180,8 @@ def plant(book: Any, project: str = PROJECT) -> None:
         curves = f"{project}/runs/{run}/evaluate-{window}/1/evidence/curves.html"
         step(run, "evaluate", window, metrics={"auc": 0.758, "brier": 0.134}, links={"Curves": curves}, seconds={"total": 21.0})  # fmt: skip
         verdict = "promote" if version else "kept"
-        step(run, "gate", window, verdict=verdict, metrics={"auc": 0.758, "p99_ms": 0.03}, reasons=why)
+        if why:
+            step(run, "gate", window, verdict=verdict, metrics={"auc": 0.758, "p99_ms": 0.03}, reasons=why)
         if version:
             step(run, "register", window, version=version, model=f"{project}/train/{version}/manifest.json",
                  facts={"model_version": version})  # fmt: skip
@@ -199,7 +200,12 @@ def plant(book: Any, project: str = PROJECT) -> None:
     first = name_of("promoted")
     train(first, "2013-01..2013-03", "1", [*better, "no champion yet"])
     change("promotion", first, None, "1", "2013-01..2013-03", "ada", "the first model")
-    train("second", "2013-04..2013-06", "2", ["better than the champion of 2013-01..2013-03: auc better by +0.0316", *better])
+    train(
+        "second",
+        "2013-04..2013-06",
+        "2",
+        ["better than the champion of 2013-01..2013-03: auc better by +0.0316", *better],
+    )
     change("promotion", "second", "1", "2", "2013-04..2013-06", "airflow (asset_triggered)", "")
     train("third", "2013-05..2013-07", "3", better, "drift")
     change("promotion", "third", "2", "3", "2013-05..2013-07", "airflow (asset_triggered)", "drift, by the monitor")
@@ -231,8 +237,12 @@ def plant(book: Any, project: str = PROJECT) -> None:
         ("quarantine", "2013-11", "warning", "3.1% of flights of 2013-11 are in quarantine; at most 2.0% should"),
         ("late", "2014-01", "critical", "the scores of 2014-01 are late: its ingest has not ended well within 6h"),
     ):  # fmt: skip
-        alert = alerts.Alert(kind, subject, project, "ops-ml", severity, reason, "https://runbooks.example/flight_delay")
-        before = [t.alert for t in alerts.told_of(book.find(project, "alert")) if not t.ended and t.alert.kind == "late"]
+        alert = alerts.Alert(
+            kind, subject, project, "ops-ml", severity, reason, "https://runbooks.example/flight_delay"
+        )
+        before = [
+            t.alert for t in alerts.told_of(book.find(project, "alert")) if not t.ended and t.alert.kind == "late"
+        ]
         alerts.settle(book, project, [alert, *before], ("slack",))
     failed = name_of("failed")
     step(failed, "ingest", "2013-12", verdict="new")
@@ -244,7 +254,7 @@ def plant(book: Any, project: str = PROJECT) -> None:
 def _asking(book: Any, project: str, run: str, step: Any, terms: Any, manifest: Any, approvals: Any, now: Any, delta: Any) -> None:  # fmt: skip
     """Plant a candidate that passed the gate and waits for a person: version 4, registered, not promoted."""
     window = RUNS["asking"][3]
-    step(run, "gate", f"{window} ", verdict="promote", reasons=["better than the champion of 2013-05..2013-07: auc better by +0.0214"])  # fmt: skip
+    step(run, "gate", window, verdict="promote", reasons=["better than the champion of 2013-05..2013-07: auc better by +0.0214"])  # fmt: skip
     step(run, "register", window, version="4", model=f"{project}/train/4/manifest.json", facts={"model_version": "4"})
     verdict = manifest(project=project, verb="gate", key=window, address="4", digest="d", files={})
     approvals.ask(

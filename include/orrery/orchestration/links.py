@@ -25,6 +25,8 @@ class ResultLink(BaseOperatorLink):
     result_key = ""
     # The file's name in the attempt's evidence; none: it is not in the store.
     evidence = ""
+    # Whether there is none without an attempt: a step that is skipped makes none.
+    of_attempt = True
 
     @property
     def name(self) -> str:
@@ -93,6 +95,7 @@ class VerdictLink(ResultLink):
     """What came of the run, and why: the run's own tab."""
 
     result_key = "Verdict"
+    of_attempt = False
 
     def known(self, dag_id: str, run_id: str, attempt: str) -> str:
         """Return the tab's address."""
@@ -113,10 +116,14 @@ BY_VERB: dict[str, tuple[type[ResultLink], ...]] = {
 LINKS: tuple[type[ResultLink], ...] = tuple(dict.fromkeys(link for links in BY_VERB.values() for link in links))
 
 
-def expected(verb: str, dag_id: str, run_id: str, attempt: str) -> dict[str, str]:
-    """Return XCom key -> URL for what an attempt that is about to start may leave."""
+def expected(verb: str, dag_id: str, run_id: str, attempt: str | None = None) -> dict[str, str]:
+    """Return XCom key -> URL for what an attempt that is about to start may leave; without one, for what needs none."""
     found = [link() for link in BY_VERB.get(verb, ())]
-    return {link.xcom_key: link.known(dag_id, run_id, attempt) for link in found}
+    return {
+        link.xcom_key: link.known(dag_id, run_id, attempt or "")
+        for link in found
+        if (attempt is not None) is link.of_attempt
+    }
 
 
 def shown(result: Result, dag_id: str) -> dict[str, str]:

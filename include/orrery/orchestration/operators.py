@@ -138,7 +138,8 @@ class StepOperator(BaseOperator):
             log.info("%s has no champion yet: there is nothing to score %s with", self.project, request.key)
             return record_skip(planner, request, "no champion yet")
         self._launcher = self._make_launcher(context, planner)
-        result = run(planner, request, self._launcher)
+        self._push_known(context)
+        result = run(planner, request, self._launcher, lambda plan: self._push_known(context, plan.config.folder))
         if result.skipped:
             log.info("%s %s: skipped, %s", self.verb, request.key, result.skipped)
         self._push_links(context, result)
@@ -176,6 +177,12 @@ class StepOperator(BaseOperator):
 
     def _push_links(self, context: Context, result: Result) -> None:
         for key, url in links.urls(result, context["dag_run"].dag_id).items():
+            context["ti"].xcom_push(key=key, value=url)
+
+    def _push_known(self, context: Context, attempt: str | None = None) -> None:
+        """Give the buttons their URLs before there is anything: at the end they would be of no use to who watches."""
+        run_ = context["dag_run"]
+        for key, url in links.expected(self.verb, run_.dag_id, run_.run_id, attempt).items():
             context["ti"].xcom_push(key=key, value=url)
 
     def _emit(self, context: Context, wanted: list[Request]) -> None:

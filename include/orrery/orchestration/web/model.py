@@ -13,6 +13,7 @@ from typing import Any
 from orrery import alerts, approvals, platform, requests
 from orrery.errors import OrreryError
 from orrery.ledger import Entry, Ledger, unfinished
+from orrery.orchestration.web.verdict import STATUS
 from orrery.spec import METRICS, PRIMARY, ModelSpec, load_model
 
 PARTITIONS = 36  # shown of the health; three years of months
@@ -235,8 +236,12 @@ def _outcome(entry: Entry) -> str:
     p = entry.payload
     if entry.kind in ("promotion", "rollback"):
         return f"version {p.get('version')}" + ("" if entry.phase == "done" else " (intended)")
+    if entry.kind == "approval":
+        return "asked" if entry.phase == "intent" else "approved" if p.get("approved") is True else "rejected"
+    if entry.kind in ("alert", "request"):
+        return {"intent": "begun", "done": "ended"}.get(entry.phase, entry.phase)
     if p.get("status") not in (None, "done"):
-        return str(p["status"])
+        return STATUS.get(str(p["status"]), "failed").partition(":")[0]
     return str(p.get("verdict") or ("skipped" if p.get("skipped") else entry.phase))
 
 

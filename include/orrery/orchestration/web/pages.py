@@ -47,7 +47,14 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters |= {"moment": moment, "seconds": seconds, "number": number, "tone": tone, "share": share}
+    env.filters |= {
+        "moment": moment,
+        "seconds": seconds,
+        "number": number,
+        "tone": tone,
+        "share": share,
+        "metric": metric,
+    }
     env.globals |= {"static": static_url, "to": addresses, "chart": chart.svg}
     return env
 
@@ -107,6 +114,11 @@ def number(value: float | None, digits: int = 4) -> str:
     if value == int(value) and abs(value) >= 10:
         return f"{int(value):,}"
     return f"{value:.{digits}f}"
+
+
+def metric(name: str) -> str:
+    """Return a metric's name as people write it: AUC, log loss."""
+    return name.upper() if len(name) <= 4 else name.replace("_", " ")
 
 
 def share(value: float | None) -> str:

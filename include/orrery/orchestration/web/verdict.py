@@ -18,10 +18,10 @@ ORDER = (
 )
 # Tone of a word: good, attention, bad, quiet (nothing happened), live (it still goes on).
 TONES = {
-    **dict.fromkeys(("promoted", "rolled back", "scored", "done", "none", "promote", "success"), "good"),
-    **dict.fromkeys(("watch", "waiting for approval", "awaiting_input", "up_for_retry", "stopped"), "attention"),
-    **dict.fromkeys(("failed", "retrain", "upstream_failed", "bug", "user", "try_again", "interrupted"), "bad"),
-    **dict.fromkeys(("running", "queued", "scheduled", "deferred", "up_for_reschedule", "restarting"), "live"),
+    **dict.fromkeys(("promoted", "rolled back", "scored", "done", "none", "promote", "success", "approved"), "good"),
+    **dict.fromkeys(("watch", "waiting for approval", "asked", "up for retry", "stopped"), "attention"),
+    **dict.fromkeys(("failed", "retrain", "upstream failed", "rejected"), "bad"),
+    **dict.fromkeys(("running", "queued", "scheduled", "deferred", "up for reschedule", "restarting"), "live"),
 }
 ENDED = frozenset({"success", "failed"})
 STATUS = {
@@ -143,7 +143,8 @@ def _step(run: Run, entry: Entry, task: Task | None) -> dict[str, Any]:
 
 
 def _waiting(task: Task) -> dict[str, Any]:
-    outcome = {"success": "done", "removed": "skipped"}.get(task.state, task.state or "waiting")
+    said = {"success": "done", "removed": "skipped", "awaiting_input": "waiting for approval", "": "waiting"}
+    outcome = said.get(task.state, task.state.replace("_", " "))
     return {
         "verb": task.name,
         "key": "",
@@ -206,7 +207,7 @@ def _plain(run: Run, steps: Sequence[Mapping[str, Any]]) -> tuple[str, str, list
     if run.state == "failed":
         first = next((s for s in steps if s["state"] == "failed"), None)
         return "failed", f"{first['verb']} failed" if first else "the run failed", []
-    done = [s for s in steps if s["outcome"] not in ("skipped", "waiting", "upstream_failed")]
+    done = [s for s in steps if s["outcome"] not in ("skipped", "waiting", "upstream failed")]
     reasons = [r for s in steps for r in s["reasons"]]
     if not done:
         return "nothing to do", next((s["skipped"] for s in steps if s["skipped"]), "every step was skipped"), []
@@ -227,7 +228,9 @@ def _approval(entry: Entry) -> dict[str, Any]:
         "at": entry.at,
         "answer": "asked" if asked else "approved" if p.get("approved") is True else "rejected",
         "by": ", ".join(map(str, p.get("approvers") or ())) if asked else str(p.get("by") or entry.actor),
-        "why": f"until {p.get('until')}, else {p.get('otherwise')}" if asked else str(p.get("comment") or ""),
+        "why": "" if asked else str(p.get("comment") or ""),
+        "until": str(p.get("until") or ""),
+        "otherwise": str(p.get("otherwise") or ""),
     }
 
 
