@@ -7,7 +7,7 @@ again for the same cause changes nothing. One training serves every request that
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
@@ -160,7 +160,7 @@ def due(
         return Due(why=_missing(spec, ends[0], have))
     newest = max([_last(w, grain) for w in (*(r.window for r in known), *trained)], default="")
     earlier = [k for k in sorted(have) if newest < k < ends[0] and _is_end(spec, k) and _complete(spec, k, have)]
-    return once(Due(tuple(_window(spec, end) for end in (*earlier, *complete))), known)
+    return once(Due(tuple(training_window(spec, end, have) for end in (*earlier, *complete))), known)
 
 
 def once(due: Due, asked: Iterable[TrainingRequest]) -> Due:
@@ -173,7 +173,7 @@ def once(due: Due, asked: Iterable[TrainingRequest]) -> Due:
 def window_of(spec: ModelSpec, end: str, there: Sequence[str]) -> Due:
     """Return the window that ends with `end`, when its features are all there."""
     if _complete(spec, end, set(there)):
-        return Due((_window(spec, end),))
+        return Due((training_window(spec, end, there),))
     return Due(why=_missing(spec, end, set(there)))
 
 
@@ -200,8 +200,16 @@ def _complete(spec: ModelSpec, end: str, have: set[str]) -> bool:
     return have.issuperset(_needs(spec, end))
 
 
-def _window(spec: ModelSpec, end: str) -> str:
-    return partitions.window_name(partitions.window_ending(end, spec.grain, spec.train.window))
+def training_window(spec: ModelSpec, end: str, there: Collection[str]) -> str:
+    """Return the window that ends with `end`: `train.window` partitions, and those before them, as far as their
+
+    features are there without a gap, up to `train.longest` in all.
+    """
+    first, length = partitions.window_ending(end, spec.grain, spec.train.window)[0], spec.train.window
+    longest = spec.train.longest or length
+    while length < longest and (before := partitions.shift(first, spec.grain, -1)) in there:
+        first, length = before, length + 1
+    return f"{first}..{end}"
 
 
 def _last(window: str, grain: Grain) -> str:
@@ -212,7 +220,7 @@ def _missing(spec: ModelSpec, end: str, have: set[str]) -> str:
     """Return why the window that ends there is not complete."""
     keys = [k for k in _needs(spec, end) if k not in have]
     shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-    return f"{_window(spec, end)} is not complete: no features of {shown}"
+    return f"{training_window(spec, end, have)} is not complete: no features of {shown}"
 
 
 def _read(asked: Entry, taken: Entry | None) -> TrainingRequest:

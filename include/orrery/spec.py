@@ -249,10 +249,19 @@ class Train(Frozen):
     """How the model is fitted."""
 
     window: int = Field(3, ge=1, le=400, description="How many partitions a training reads.")
+    longest: int | None = Field(
+        None, ge=1, le=400, description="Also read the partitions before, as far as there are, up to this many in all."
+    )
     compute: ComputeName = Field("cpu-small", description="Compute class of platform.yaml.")
     processes: int = Field(1, ge=1, le=64, description="Processes that torchrun starts (data parallel).")
     seed: int = Field(0, ge=0, le=2**31 - 1)
     params: dict[str, Any] = Field(default_factory=dict, description="Values for model.py's Params, over its defaults.")
+
+    @model_validator(mode="after")
+    def _longest_is_longer(self) -> Train:
+        if self.longest is not None and self.longest < self.window:
+            raise ValueError(f"`longest` {self.longest} is below `window` {self.window}")
+        return self
 
 
 class Split(Frozen):

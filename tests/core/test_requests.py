@@ -200,3 +200,13 @@ def test_each_asks_in_key_order_whatever_comes_last() -> None:
     random.Random(7).shuffle(order)
     assert replay(order, at_once=True, length=3, seed=0) == windows(YEAR[2:])
     assert shift(YEAR[-1], "month", 1) == "2014-01"
+
+
+def test_a_window_grows_back_to_the_first_gap_and_not_beyond_the_longest() -> None:
+    grown = spec(2).model_copy(update={"train": spec(2).train.model_copy(update={"longest": 4})})
+    there = ["2013-01", "2013-03", "2013-04", "2013-05", "2013-06", "2013-07"]
+    assert requests.training_window(grown, "2013-05", there) == "2013-03..2013-05"
+    assert requests.training_window(grown, "2013-07", there) == "2013-04..2013-07"
+    assert requests.training_window(spec(2), "2013-07", there) == "2013-06..2013-07"
+    assert requests.window_of(grown, "2013-02", there).windows == ()
+    assert requests.due(grown, "2013-04", there[:3], []).windows == ("2013-03..2013-04",)

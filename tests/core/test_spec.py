@@ -271,3 +271,13 @@ def test_no_value_of_a_field_makes_a_traceback(
 @pytest.mark.parametrize(("text", "value"), [("90s", 90), ("15m", 900), ("2h", 7200), ("7d", 604800)])
 def test_durations(text: str, value: int) -> None:
     assert spec.seconds(text) == value
+
+
+def test_a_window_cannot_be_longer_than_the_longest(tmp_path: Path) -> None:
+    from pydantic import ValidationError
+
+    from orrery.spec import Train
+
+    assert Train(window=3, longest=3).longest == 3
+    with pytest.raises(ValidationError, match="`longest` 2 is below `window` 3"):
+        Train(window=3, longest=2)

@@ -12,6 +12,7 @@ from orrery import partitions
 from orrery.errors import RequestError, nearest
 from orrery.partitions import EXAMPLES, PATTERNS
 from orrery.plan import Planner, safe_name
+from orrery.requests import training_window
 from orrery.spec import ModelSpec
 
 # Dag -> the fields of its form. A Dag that works on data has a partition or a window first.
@@ -56,7 +57,8 @@ def form(dag: str, spec: ModelSpec) -> dict[str, Param]:
             maxLength=60,
             title="Window",
             description=f"First and last {grain}, both included, such as {example}..{example}. "
-            f"One {grain} alone means the {length} that end with it.",
+            f"One {grain} alone means the {length} that end with it"
+            + (f", and those before them up to {longest} in all." if (longest := spec.train.longest) else "."),
         ),
         "partition": lambda: Param(
             None,
@@ -106,7 +108,7 @@ def read(context: Mapping[str, Any], planner: Planner) -> Asked:
             raise RequestError(
                 f"the run has a partition key ({dag_run.partition_key}) and a {kind} ({given})", hint="give one"
             )
-        keys = _keys(given or dag_run.partition_key, planner.spec, kind)
+        keys = _keys(given or dag_run.partition_key, planner, kind)
     return Asked(
         keys,
         str(params.get("reason") or ""),
@@ -117,8 +119,8 @@ def read(context: Mapping[str, Any], planner: Planner) -> Asked:
     )
 
 
-def _keys(text: str | None, spec: ModelSpec, kind: str) -> tuple[str, ...]:
-    grain = spec.grain
+def _keys(text: str | None, planner: Planner, kind: str) -> tuple[str, ...]:
+    grain = planner.spec.grain
     if not text:
         raise RequestError(
             f"the run names no {kind}", hint=f"give {kind}, such as {EXAMPLES[grain]}: no clock chooses data"
@@ -127,7 +129,8 @@ def _keys(text: str | None, spec: ModelSpec, kind: str) -> tuple[str, ...]:
         partitions.parse(text, grain)
         return (text,)
     if ".." not in text:
-        return partitions.window_ending(text, grain, spec.train.window)
+        partitions.parse(text, grain)
+        text = training_window(planner.spec, text, set(planner.store.keys(planner.project, "features")))
     return partitions.window(text, grain)
 
 
