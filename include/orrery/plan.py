@@ -325,6 +325,17 @@ class Planner:
             )
         return {"features": (self._fresh_features(request.key),), "model": (self._model_of(champion).ref,)}
 
+    def _inputs_report(self, request: Request) -> dict[str, tuple[Ref, ...]]:
+        """Return the scores, the very features and model that they were made from, and what that was trained on."""
+        scores = self._latest("scores", request.key, "score")
+        model = self.store.need(scores.inputs["model"][0])
+        return {
+            "scores": (scores.ref,),
+            "features": scores.inputs["features"],
+            "model": (model.ref,),
+            "training": model.inputs["features"],
+        }
+
     def champion(self) -> Champion | None:
         """Return the model version in use, by the ledger."""
         return self.ledger.champion(self.project)
