@@ -101,7 +101,7 @@ def test_a_training_that_began_after_somebody_asked_serves_them_too(book: Ledger
 def test_what_stood_at_a_moment_is_told_as_it_stood(book: Ledger) -> None:
     ask(book)
     moment = datetime.now(UTC) + timedelta(milliseconds=5)
-    while datetime.now(UTC) <= moment:
+    while datetime.now(UTC) <= moment + timedelta(milliseconds=2):  # the ledger writes milliseconds
         pass
     requests.take(book, "p", "2013-01..2013-03", "train-1")
     assert [r.open for r in requests.find(book, "p", at=moment.isoformat())] == [True]
