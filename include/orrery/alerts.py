@@ -322,7 +322,7 @@ def told_of(entries: Iterable[Entry]) -> list[Told]:
     tries: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for e in mine:
         if e.phase == "intent" and "channel" in e.payload:
-            end = ends[e.key].payload if e.key in ends else {}
+            end: Mapping[str, Any] = ends[e.key].payload if e.key in ends else {}
             one = {"at": e.at, **{k: end[k] for k in ("delivered", "error") if k in end}}
             tries.setdefault(e.payload["of"], {}).setdefault(e.payload["channel"], []).append(one)
     found = []

@@ -17,3 +17,8 @@ os.environ.update(
     AIRFLOW__LOGGING__LOGGING_LEVEL="WARNING",
     AIRFLOW__DATABASE__SQL_ALCHEMY_CONN=f"sqlite:///{HOME}/airflow.db",
 )
+
+# One whole Airflow for all modules that need one; it starts with the first test that does.
+from live_house import live  # noqa: E402
+
+__all__ = ["live"]

@@ -48,9 +48,6 @@ class ApproveOperator(ApprovalOperator):
             defaults=self.APPROVE if terms.otherwise == "promote" else self.REJECT,
             response_timeout=timedelta(seconds=seconds(terms.within)),
             assigned_users=[{"id": name, "name": name} for name in spec.approvers],
-            params={
-                "comment": Param("", type="string", maxLength=500, title="Comment", description="Goes into the ledger.")
-            },
             **kwargs,
         )
         self.project = project
@@ -244,6 +241,8 @@ def approve_task(project: str, spec: ModelSpec, **kwargs: Any) -> ApproveOperato
         task_id="approve",
         project=project,
         spec=spec,
+        # Given from outside: Airflow marks these as the task's own, which alone are in the form of the question.
+        params={"comment": Param("", type="string", maxLength=500, title="Comment", description="For the ledger.")},
         execution_timeout=timedelta(minutes=10),
         doc_md="Asks one of the spec's `approvers`, in the tab *Required Actions* or by REST (`…/hitlDetails`).",
         **notify.task_callbacks(project, "approve"),
