@@ -70,8 +70,14 @@ def moments(table: pa.Table) -> npt.NDArray[np.int64]:
 
 def share_before(table: pa.Table, moment: str) -> float:
     """Return the share of rows with prediction_time < `moment` (ISO 8601)."""
+    later = not_before(table, moment)
+    return float((~later).mean()) if len(later) else 0.0
+
+
+def not_before(table: pa.Table, moment: str) -> npt.NDArray[np.bool_]:
+    """Tell of every row [N] whether its prediction_time is at or after `moment` (ISO 8601)."""
     times = table[tables.PREDICTION_TIME]
-    return float(pc.mean(pc.less(times, _moment(moment, times.type)).cast(pa.float64())).as_py() or 0.0)
+    return np.asarray(pc.greater_equal(times, _moment(moment, times.type)).to_numpy(), dtype=np.bool_)
 
 
 def labelled(table: pa.Table, task: Task, classes: tuple[str, ...] = ()) -> Holdout:

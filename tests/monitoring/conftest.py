@@ -1,0 +1,6 @@
+"""The planted rows and models of tests/evaluation, here as well."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "evaluation"))
