@@ -1,6 +1,6 @@
 """`report`: Evidently's own drift report of a partition, to look at; what is decided rests on `monitor`'s counts.
 
-    drift.json       Evidently's score per column (a distance or a p-value, as its preset chooses) and how many rows it saw
+    drift.json       Evidently's score per column (a distance, or a p-value when rows are few), and how many rows it saw
     evidently.html   evidence: the page, self-contained, with a sentence on the rows that it was drawn on
 
 Evidently works on rows in memory, so it is given a sample of each side, the same on every run. The reference is the
