@@ -95,6 +95,10 @@ class ScoreParams(Params):
     spark_conf: dict[str, str] = Field(default_factory=dict)
 
 
+# How many earlier partitions a monitor's verdict may look at.
+LOOK_BACK = 6
+
+
 class MonitorParams(Params):
     """`monitor` is told everything by the spec and its inputs."""
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from orrery import bundle, fingerprint, partitions, platform
-from orrery.contract import VERBS, Params, Result, SourceRef, StepConfig, Verb
+from orrery import approvals, bundle, fingerprint, partitions, platform
+from orrery.contract import LOOK_BACK, VERBS, Params, Result, SourceRef, StepConfig, Verb
 from orrery.errors import RequestError, nearest
 from orrery.ledger import Champion, Ledger
 from orrery.spec import ModelSpec, Source, load_model
@@ -268,6 +268,10 @@ class Planner:
     def _inputs_register(self, request: Request) -> dict[str, tuple[Ref, ...]]:
         verdict = self._latest("verdict", request.key, "gate")
         evaluation = self.store.need(verdict.inputs["evaluation"][0])
+        if self.spec.approval is not None and verdict.result["verdict"] == "promote":
+            now = self.champion()
+            if now is None or now.model != evaluation.inputs["candidate"][0].path:
+                approvals.require(self.ledger, self.project, request.key, verdict.path)
         return {
             "candidate": evaluation.inputs["candidate"],
             "evaluation": verdict.inputs["evaluation"],
@@ -335,6 +339,38 @@ class Planner:
             "model": (model.ref,),
             "training": model.inputs["features"],
         }
+
+    def _inputs_monitor(self, request: Request) -> dict[str, tuple[Ref, ...]]:
+        """Return scores and labels, the model that scored with the evaluation it was promoted on, and what came before.
+
+        Raises `RequestError` when one is not there: the hint says which step makes it.
+        """
+        scores = self._latest("scores", request.key, "score")
+        model = self.store.need(scores.inputs["model"][0])
+        earlier = (partitions.shift(request.key, self.spec.grain, -back) for back in range(LOOK_BACK, 0, -1))
+        found = [self.store.latest_manifest(self.project, "health", key) for key in earlier]
+        return {
+            "scores": (scores.ref,),
+            "features": (self._fresh_features(request.key),),
+            "model": (model.ref,),
+            "evaluation": (self._promise_of(model).ref,),
+            "clean": (self._fresh("clean", request.key, "validate", "raw").ref,),
+            "history": tuple(health.ref for health in found if health is not None),
+        }
+
+    def _promise_of(self, model: Manifest) -> Manifest:
+        """Return the evaluation that a model was promoted on, by the ledger: its own promise, and no other's."""
+        promotions = self.ledger.find(self.project, "promotion", phase="done")
+        mine = [e.payload for e in promotions if e.payload["model"] == model.path]
+        paths = [payload.get("evidence", {}).get("evaluation") for payload in mine]
+        found = self.store.manifest(paths[-1]) if paths and paths[-1] else None
+        if found is None:
+            lost = f"{self.store.uri}/{paths[-1]} is gone" if paths and paths[-1] else "the ledger knows of none"
+            raise RequestError(
+                f"the model that scored was promoted on an evaluation that cannot be found: {lost}",
+                hint=f"restore it; or train and promote again, then score again: orrery ledger {self.project}",
+            )
+        return found
 
     def champion(self) -> Champion | None:
         """Return the model version in use, by the ledger."""

@@ -22,6 +22,8 @@ from orrery.store import Store
 
 # What changes the champion, and what the ledger calls it.
 CHANGES: dict[str, Kind] = {"promote": "promotion", "rollback": "rollback"}
+# What decides: its verdict is an entry of its own.
+DECIDES = ("gate", "monitor")
 # Of a result's facts the ledger keeps what its readers need; the rest is in the manifest.
 TOLD_FACTS = ("model_version", "primary", "units")
 
@@ -175,15 +177,23 @@ def _kind(request: Request) -> Kind:
 
 
 def _record(planner: Planner, request: Request, plan: Plan, result: Result) -> None:
-    """Append the attempt (and a gate's decision) to the ledger, once."""
+    """Append the attempt (and what a gate or a monitor decided) to the ledger, once."""
     payload = _payload(request.verb, request.key, plan.config.folder, result)
     if request.verb == "register" and "model_version" in result.facts:
         payload |= {"version": result.facts["model_version"], "model": plan.config.inputs["candidate"][0].path}
     planner.ledger.record(request.project, "run", plan.config.folder, "done", request.actor, payload)
-    if request.verb == "gate" and result.status == "done":
-        planner.ledger.record(
-            request.project, "decision", f"{plan.config.run}/{request.key}", "done", request.actor, payload
-        )
+    if request.verb in DECIDES and result.status == "done":
+        _decided(planner, request, f"{plan.config.run}/{request.key}", payload)
+
+
+def _decided(planner: Planner, request: Request, key: str, payload: dict[str, Any]) -> None:
+    """Record a decision; a run that was cleared and came to another one keeps both."""
+    book = planner.ledger
+    if not book.record(request.project, "decision", key, "done", request.actor, payload):
+        before = book.get(request.project, "decision", key, "done")
+        if before is not None and before.payload.get("digest") != payload["digest"]:
+            again = f"{key}/{str(payload['digest'])[:12]}"
+            book.record(request.project, "decision", again, "done", request.actor, payload)
 
 
 def _payload(verb: str, key: str, attempt: str, result: Result) -> dict[str, Any]:

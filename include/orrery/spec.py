@@ -299,12 +299,17 @@ class Retrain(Frozen):
 
 
 class Monitor(Frozen):
-    """When the monitor's verdict is `watch` or `retrain`; the defaults are measured (docs in the README)."""
+    """When the monitor's verdict is `watch` or `retrain`. The defaults are measured: orrery/monitoring/README.md."""
 
-    effect: float = Field(0.015, gt=0, description="Smallest loss of the primary metric that a retraining is worth.")
-    persistence: int = Field(2, ge=1, le=12, description="Partitions in a row that must show it.")
-    cooldown: int = Field(2, ge=0, le=60, description="Partitions after a request before drift asks again.")
-    labelled: float = Field(0.8, gt=0, le=1, description="Smallest share of rows with a label; below: an alert.")
+    effect: float | None = Field(
+        None,
+        gt=0,
+        description="Smallest loss of the primary metric that a training is worth: in its own unit (auc 0.0125, "
+        "log_loss 0.0125); rmse: as a share of the promise (0.05).",
+    )
+    persistence: int = Field(2, ge=1, le=6, description="Partitions in a row that must show it.")
+    cooldown: int = Field(3, ge=0, le=6, description="Partitions after a request before drift asks again.")
+    labelled: float = Field(0.8, gt=0, le=1, description="Smallest share of rows with a label; below: no verdict.")
 
 
 class Alerts(Frozen):

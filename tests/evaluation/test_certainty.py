@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from planted import House, linear, rows
 
-from orrery.evaluation import bootstrap, certainty, metrics, quantiles
+from orrery.evaluation import bootstrap, certainty, metrics
 from orrery.evaluation.bootstrap import Units
 
 DAY = bootstrap.DAY_US
@@ -140,9 +140,19 @@ def test_a_million_rows_are_no_burden() -> None:
     assert found is not None and found.value == pytest.approx(metrics.auc(y, p))
 
 
-@pytest.mark.parametrize(("freedom", "exact"), [(5, 20.515), (9, 27.877), (30, 59.703)])
-def test_chi_square(freedom: int, exact: float) -> None:
-    assert quantiles.chi_square_quantile(0.999, freedom) == pytest.approx(exact, rel=0.012)
+def test_rows_counted_together_are_the_same_rows() -> None:
+    y, p, moments = sample(2000, days=12)
+    p = np.round(p, 1)
+    cells = np.unique(np.stack([moments, y, p]), axis=1, return_counts=True)
+    (at, labels, scores), counts = cells
+    for units, merged in (
+        (bootstrap.units(moments), bootstrap.units(at.astype(np.int64))),
+        (by_row(2000), by_row(2000)),
+    ):
+        single, together = certainty.of_auc(y, p, units), certainty.of_auc(labels, scores, merged, counts.astype(float))
+        assert single is not None and together is not None
+        assert together.value == pytest.approx(single.value) and together.se == pytest.approx(single.se)
+        assert (together.freedom, together.rows) == (single.freedom, single.rows)
 
 
 def test_evaluate_writes_the_promise_of_candidate_and_champion(tmp_path: Path) -> None:

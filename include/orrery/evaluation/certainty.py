@@ -84,30 +84,46 @@ def of_slices(
     return found
 
 
-def of_auc(y: Array, p: Array, units: Units) -> Certainty | None:
-    """Return the AUC of labels y [N] (0.0/1.0) and scores p [N]."""
+def of_auc(y: Array, p: Array, units: Units, counts: Array | None = None) -> Certainty | None:
+    """Return the AUC of labels y [N] (0.0/1.0) and scores p [N].
+
+    `counts` [N]: how many rows each entry stands for, rows that were counted together by day, label and score.
+    """
+    counts = np.ones(len(y)) if counts is None else counts
     positive = y > 0
-    m, n = int(positive.sum()), int((~positive).sum())
+    m, n = float(counts[positive].sum()), float(counts[~positive].sum())
     if not m or not n:
         return None
-    ranks = metrics.mid_ranks(p)
-    # Each positive's share of negatives that lie below it, each negative's share of positives above it.
-    beats = (ranks[positive] - metrics.mid_ranks(p[positive])) / n
-    beaten = 1 - (ranks[~positive] - metrics.mid_ranks(p[~positive])) / m
-    auc = float(beats.mean())
+    beats, beaten = _placements(positive, p, counts)
+    auc = float(counts[positive] @ beats) / m
     if units.of is None:
-        with_positive, with_negative = m, n
-        variance = _variance(beats - auc, m) / m**2 + _variance(beaten - auc, n) / n**2
+        with_positive, with_negative = int(m), int(n)
+        of_positive, of_negative = counts[positive] @ (beats - auc) ** 2, counts[~positive] @ (beaten - auc) ** 2
+        together = 0.0
     else:
         place, size = units.of, units.count
-        of_positive = np.bincount(place[positive], weights=beats - auc, minlength=size)
-        of_negative = np.bincount(place[~positive], weights=beaten - auc, minlength=size)
+        by_positive = np.bincount(place[positive], weights=counts[positive] * (beats - auc), minlength=size)
+        by_negative = np.bincount(place[~positive], weights=counts[~positive] * (beaten - auc), minlength=size)
         with_positive = int(np.count_nonzero(np.bincount(place[positive], minlength=size)))
         with_negative = int(np.count_nonzero(np.bincount(place[~positive], minlength=size)))
-        together = size / (size - 1) * float(of_positive @ of_negative)
-        variance = (_variance(of_positive, with_positive) / m**2 + _variance(of_negative, with_negative) / n**2
-                    + 2 * together / (m * n))  # fmt: skip
-    return _certainty(auc, variance, min(with_positive, with_negative), units, len(y))
+        of_positive, of_negative = by_positive @ by_positive, by_negative @ by_negative
+        together = size / (size - 1) * float(by_positive @ by_negative)
+    variance = (_unbiased(of_positive, with_positive) / m**2 + _unbiased(of_negative, with_negative) / n**2
+                + 2 * together / (m * n))  # fmt: skip
+    return _certainty(auc, variance, min(with_positive, with_negative), units, int(m + n))
+
+
+def _placements(positive: npt.NDArray[np.bool_], p: Array, counts: Array) -> tuple[Array, Array]:
+    """Return each positive's share of the negatives that lie below it, each negative's of the positives above it.
+
+    Ties count half.
+    """
+    _, place = np.unique(p, return_inverse=True)
+    of_positive = np.bincount(place[positive], weights=counts[positive], minlength=int(place.max()) + 1)
+    of_negative = np.bincount(place[~positive], weights=counts[~positive], minlength=len(of_positive))
+    below = (np.cumsum(of_negative) - of_negative / 2) / of_negative.sum()
+    above = 1 - (np.cumsum(of_positive) - of_positive / 2) / of_positive.sum()
+    return below[place[positive]], above[place[~positive]]
 
 
 def of_mean(losses: Array, units: Units, root: bool = False) -> Certainty | None:
@@ -118,7 +134,7 @@ def of_mean(losses: Array, units: Units, root: bool = False) -> Certainty | None
     apart = losses - mean
     if units.of is not None:
         apart = np.bincount(units.of, weights=apart, minlength=units.count)
-    variance = _variance(apart, units.count) / len(losses) ** 2
+    variance = _unbiased(float(apart @ apart), units.count) / len(losses) ** 2
     if not root:
         return _certainty(mean, variance, units.count, units, len(losses))
     value = mean**0.5
@@ -126,9 +142,9 @@ def of_mean(losses: Array, units: Units, root: bool = False) -> Certainty | None
     return _certainty(value, variance * slope**2, units.count, units, len(losses))
 
 
-def _variance(sums: Array, count: int) -> float:
-    """Return the variance of a total of `count` independent sums, each given less its expectation."""
-    return count / (count - 1) * float(sums @ sums) if count > 1 else float("nan")
+def _unbiased(squares: float, count: int) -> float:
+    """Return the variance of a total of `count` independent parts, from the squares of their deviations."""
+    return count / (count - 1) * float(squares) if count > 1 else float("nan")
 
 
 def _certainty(value: float, variance: float, count: int, units: Units, rows: int) -> Certainty | None:
