@@ -3,10 +3,11 @@
 import json
 import socket
 import threading
+import time
 
 import pytest
 
-from orrery.errors import TryAgain, UserError
+from orrery.errors import Interrupted, TryAgain, UserError
 from orrery.registry import client, tracking
 from orrery.registry.client import Mlflow
 
@@ -63,6 +64,45 @@ def test_the_version_is_made_from_the_trainings_run(release, server: Mlflow) -> 
     number = tracking.log_training(work, PARAMS, HISTORY, {})
     release.register(release.candidate())
     assert server.versions(release.house.project)[0].run == number
+
+
+@pytest.mark.slow
+def test_a_run_is_there_from_the_start_and_its_curve_grows(release, server: Mlflow) -> None:
+    work = release.house.work("train", {"features": [release.features]}, address="c1")
+    with tracking.begun(work) as run:
+        assert run is not None
+        assert logged(server, run.id)["info"]["status"] == "RUNNING"
+        live = tracking.Live(run)
+        live.epoch(0, {"loss": 0.6, "valid_auc": float("nan")})
+        live.epoch(1, {"loss": 0.5})
+        live.end()
+        metrics = server.call("GET", "metrics/get-history", run_id=run.id, metric_key="loss")["metrics"]
+        assert [(m["step"], m["value"]) for m in metrics] == [(0, 0.6), (1, 0.5)]
+        assert tracking.log_training(work, PARAMS, [{"loss": 0.6}, {"loss": 0.5}, {"loss": 0.4}], {}) == run.id
+    metrics = server.call("GET", "metrics/get-history", run_id=run.id, metric_key="loss")["metrics"]
+    assert [m["step"] for m in metrics] == [0, 1, 2]  # each point once
+    assert logged(server, run.id)["info"]["status"] == "FINISHED"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("error", "status"), [(ValueError("x"), "FAILED"), (Interrupted("x"), "KILLED")])
+def test_a_training_that_fails_leaves_no_running_run(release, server: Mlflow, error: Exception, status: str) -> None:
+    work = release.house.work("train", {"features": [release.features]}, address="c1")
+    with pytest.raises(type(error)), tracking.begun(work) as run:
+        raise error
+    assert logged(server, run.id)["info"]["status"] == status
+
+
+def test_a_server_that_is_down_does_not_hold_up_an_epoch(release, no_server: str) -> None:
+    work = release.house.work("train", {"features": [release.features]})
+    with tracking.begun(work) as run:
+        assert run is None
+    live = tracking.Live(client.Run("abc", "1", "", 0))
+    began = time.monotonic()
+    for step in range(100):
+        live.epoch(step, {"loss": 1.0})
+    assert time.monotonic() - began < 1.0
+    live.end()
 
 
 def test_no_address_is_no_run(release, monkeypatch: pytest.MonkeyPatch) -> None:

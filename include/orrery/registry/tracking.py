@@ -1,14 +1,22 @@
-"""One MLflow run per training attempt, and what it was made from. A training never fails for want of MLflow."""
+"""One MLflow run per training attempt, and what it was made from. A training never fails for want of MLflow.
+
+`begun` makes the run when the training starts and closes it when the training fails; `Live` sends the metrics of
+each epoch while it goes on; `log_training` completes the run at the end. All three write the same points, so a
+number that was sent twice, or never, makes no difference to what is there in the end.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import queue
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from orrery.errors import TryAgain, UserError
+from orrery.errors import Interrupted, OrreryError, TryAgain, UserError
 from orrery.registry import client
 from orrery.registry.client import ADDRESS_TAG, Mlflow, Run
 from orrery.step import Work
@@ -19,6 +27,79 @@ MAX_METRICS, MAX_PARAMS, MAX_PARAM, MAX_TAG = 1000, 100, 6000, 5000
 ATTEMPT_TAG = "orrery.attempt"
 # A training waits this long for one answer; registering later, with nothing else to do, waits longer.
 ANSWER_S = 10.0
+# While it goes on, or when it is told to stop, it waits for less: what is lost is sent at the end, or was not to be.
+LIVE_S = 3.0
+
+
+@contextmanager
+def begun(work: Work) -> Iterator[Run | None]:
+    """Make the attempt's run, and close it as failed when the block raises. None without an MLflow that answers."""
+    run: Run | None = None
+    try:
+        server = client.from_environment(ANSWER_S)
+        run = attempt_run(server, work) if server else None
+    except (TryAgain, UserError) as e:  # Interrupted goes on up
+        work.log.warning(f"the training is not in MLflow yet: {e.message}")
+    try:
+        yield run
+    except BaseException as e:
+        if run is not None:
+            _close(run, "KILLED" if isinstance(e, Interrupted) else "FAILED")
+        raise
+
+
+def _close(run: Run, status: str) -> None:
+    """Say how a run ended; whoever is told to stop has a few seconds for it."""
+    try:
+        server = client.from_environment(LIVE_S)
+        if server is not None:
+            server.call("POST", "runs/update", run_id=run.id, status=status, end_time=int(time.time() * 1000))
+    except OrreryError:
+        pass  # the error that led here is the one to tell
+
+
+class Live:
+    """Sends an epoch's metrics to MLflow from a thread of its own: the training neither waits for it nor fails by it.
+
+    It may be made in one process and used in another (a training's rank 0); the thread starts with the first epoch.
+    """
+
+    def __init__(self, run: Run | None) -> None:
+        self._run = run
+        self._waiting: queue.SimpleQueue[tuple[int, Mapping[str, float]] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def epoch(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Send the metrics of an epoch, counted from 0."""
+        if self._run is None:
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._send, args=(self._run,), daemon=True)
+            self._thread.start()
+        self._waiting.put((step, dict(metrics)))
+
+    def end(self) -> None:
+        """Wait for what is on its way, but not for long."""
+        self._waiting.put(None)
+        if self._thread is not None:
+            self._thread.join(LIVE_S)
+
+    def _send(self, run: Run) -> None:
+        items = [self._waiting.get()]
+        while items[-1] is not None:
+            while items[-1] is not None and not self._waiting.empty():  # quick epochs go together
+                items.append(self._waiting.get())
+            told = [item for item in items if item is not None]
+            points = [_metric(k, v, step, run) for step, of in told for k, v in of.items() if math.isfinite(v)]
+            try:
+                server = client.from_environment(LIVE_S)
+                if server is not None:
+                    for chunk in _chunks(points, MAX_METRICS):
+                        server.call("POST", "runs/log-batch", run_id=run.id, metrics=chunk)
+            except OrreryError:
+                return  # it is away: the end of the training sends all of them
+            if items[-1] is not None:
+                items = [self._waiting.get()]
 
 
 def log_training(

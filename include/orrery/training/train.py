@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,9 @@ from orrery.training.schema import Schema, feature_names, infer
 from orrery.training.split import Parts, split
 from orrery.training.user_model import UserModel
 
+if TYPE_CHECKING:
+    from orrery.registry.client import Run
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -35,6 +38,13 @@ class Trained:
 
 def run(work: Work, params: TrainParams) -> Result:
     """Train on the config's window. Raises `SpecError` for model.py, `DataError` for data that cannot be trained on."""
+    from orrery.registry import tracking
+
+    with tracking.begun(work) as tracked:
+        return _train(work, params, tracked)
+
+
+def _train(work: Work, params: TrainParams, tracked: Run | None) -> Result:
     model = user_model.load(work.project_folder, work.config.project)
     chosen = user_model.values(model, params.overrides)
     parts = split(dataset.read(work), work.spec.split, work.spec.task)
@@ -49,7 +59,7 @@ def run(work: Work, params: TrainParams) -> Result:
     work.log.info("training", model=model.kind, **parts.counts, features=len(schema.columns))
     work.write("baseline.onnx", baseline.fit(fit))
     if model.kind == "build":
-        trained = _with_torch(work, params, chosen, fit, tune)
+        trained = _with_torch(work, params, chosen, fit, tune, tracked)
     else:
         trained = _with_library(work, model, chosen, fit, tune)
     signature.predict(work.path("baseline.onnx").read_bytes(), tune, "the baseline")
@@ -59,7 +69,9 @@ def run(work: Work, params: TrainParams) -> Result:
     return _result(work, params, parts, schema, model, trained)
 
 
-def _with_torch(work: Work, params: TrainParams, chosen: BaseModel, fit: Dataset, tune: Dataset) -> Trained:
+def _with_torch(
+    work: Work, params: TrainParams, chosen: BaseModel, fit: Dataset, tune: Dataset, tracked: Run | None
+) -> Trained:
     """Fit `build`'s module with torchrun's workers; they write model.onnx and weights.safetensors."""
     from orrery.training import launch, worker
 
@@ -70,7 +82,7 @@ def _with_torch(work: Work, params: TrainParams, chosen: BaseModel, fit: Dataset
     job = worker.Job(
         project_folder=work.project_folder, project=work.config.project, schema=fit.schema, params=values,
         settings=numbers, seed=params.seed, arrays=work.scratch / "arrays",
-        onnx=work.path("model.onnx"), weights=work.path("weights.safetensors"),
+        onnx=work.path("model.onnx"), weights=work.path("weights.safetensors"), tracked=tracked,
     )  # fmt: skip
     worker.save(job, "fit", fit)
     worker.save(job, "tune", tune)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,7 @@ from orrery.training import Dataset, user_model
 from orrery.training.network import Network
 from orrery.training.settings import Settings
 
+Tell = Callable[[int, dict[str, float]], None]
 PATIENCE = 3  # epochs without a better loss on the tune part
 TRIED_ROWS = 32  # of one trial step: enough for a batch norm
 CHUNK = 8192  # rows of one forward pass where no gradient is needed
@@ -56,8 +57,11 @@ class Trainer:
             self.replica.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
 
-    def fit(self, fit: Dataset, tune: Dataset) -> Fitted:
-        """Train until the epochs are over or patience is out; the network is left with its best weights."""
+    def fit(self, fit: Dataset, tune: Dataset, tell: Tell = lambda step, entry: None) -> Fitted:
+        """Train until the epochs are over or patience is out; the network is left with its best weights.
+
+        `tell` is given each epoch's number, from 0, and its losses.
+        """
         steps = self.settings.epochs * len(self._starts(fit.rows))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
         history: list[dict[str, float]] = []
@@ -67,6 +71,7 @@ class Trainer:
                 began = time.monotonic()
                 entry = {"fit_loss": self._epoch(fit, epoch, schedule), "tune_loss": self.loss(tune)}
                 self._refuse_broken(entry, epoch)
+                tell(len(history), entry)
                 history.append(entry)
                 if entry["tune_loss"] < best:
                     best, best_epoch, kept = entry["tune_loss"], epoch, _copy(self.network.module)

@@ -10,7 +10,7 @@ import signal
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import structlog
@@ -19,12 +19,16 @@ import torch.distributed as dist
 
 from orrery import log
 from orrery.errors import OrreryError
+from orrery.registry.tracking import Live
 from orrery.training import Dataset, calibration, export, tensors, user_model
 from orrery.training.dataset import moments
 from orrery.training.network import Head, Inputs, Network
 from orrery.training.schema import Schema
 from orrery.training.settings import Settings
 from orrery.training.trainer import Fitted, Place, Trainer, refuse_shape, refuse_unused
+
+if TYPE_CHECKING:
+    from orrery.registry.client import Run
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
@@ -42,6 +46,7 @@ class Job:
     arrays: Path
     onnx: Path
     weights: Path
+    tracked: Run | None = None  # in MLflow
 
 
 def save(job: Job, part: str, data: Dataset) -> None:
@@ -94,8 +99,10 @@ def _train(job: Job, place: Place) -> dict[str, Any]:
     refuse_unused(network, fit, place.world)
     torch.manual_seed(job.seed + place.rank)  # equal weights on all ranks, but each its own dropout
     trainer = Trainer(network, schema.task, job.settings, job.seed, place)
+    live = Live(job.tracked if place.rank == 0 else None)
     with user_model.told("training", only_theirs=True):
-        fitted = trainer.fit(fit, tune)
+        fitted = trainer.fit(fit, tune, live.epoch)
+    live.end()
     if place.rank != 0:
         return {}
     if schema.task != "regression":
