@@ -1,8 +1,9 @@
-"""The whole loop on real flights, through Airflow's REST API: `make demo`.
+"""The whole loop on real flights, seen through Airflow's REST API: `make demo`.
 
-January to March land and are ingested; their features complete a window, so a training is asked for and starts
-by itself; the champion is promoted; April lands and is scored. Ends non-zero, with the failing task's log,
-when any of the runs fails. Writes var/demo/report.json, when all is well.
+January to March land; the watch Dag finds them and has them ingested; their features complete a window, so a
+training is asked for and starts by itself; the champion is promoted; April lands and is scored. The demo itself
+only lands files. Ends non-zero, with the failing task's log, when any of the runs fails. Writes
+var/demo/report.json, when all is well.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from orrery import platform, servers
+from orrery import platform, requests, servers
 from orrery.airflow_api import AirflowApi, Run
 from orrery.errors import OrreryError, TryAgain, UserError
 from orrery.ledger import Ledger
@@ -88,10 +89,10 @@ class Story:
     def _refuse_failed(self, runs: list[Run]) -> None:
         for run in runs:
             if run.done and not run.ok:
-                raise UserError(f"{run.dag_id} {run.partition_key} failed:\n{self.api.failures(run)}")
+                raise UserError(f"{run.dag_id} {_key(run)} failed:\n{self.api.failures(run)}")
 
     def _look(self, dag: str, key: str) -> Run | None:
-        runs = [run for run in self.api.runs(dag, partition_key=key) if run.run_id not in self.earlier]
+        runs = [run for run in self.api.runs(dag) if _key(run) == key and run.run_id not in self.earlier]
         if not runs:
             return None
         for task in self.api.tasks(runs[0]):
@@ -108,12 +109,13 @@ class Story:
         return runs[0]
 
     def settle(self, timeout: float = 300) -> None:
-        """Wait for the runs that nobody watched (each ingested month asks for its scores); raise when one failed."""
+        """Wait for the runs that nobody waited for (each month asks for its scores); raise when one failed."""
         deadline = time.monotonic() + timeout
         while True:
-            runs = [run for run in self.runs() if run.run_id not in self.earlier]
+            # The watch Dag always runs.
+            runs = [r for r in self.runs() if r.run_id not in self.earlier and r.dag_id != f"{PROJECT}.watch"]
             self._refuse_failed(runs)
-            open_ = [f"{run.dag_id} {run.partition_key}" for run in runs if not run.done]
+            open_ = [f"{run.dag_id} {_key(run)}" for run in runs if not run.done]
             if not open_:
                 return
             if time.monotonic() > deadline:
@@ -128,6 +130,11 @@ class Story:
             table.add_row(f"[bold]{dag}[/]", key, "  ".join(tasks))
         table.add_row(f"[dim]{time.monotonic() - self.began:.0f} s[/]", "", "")
         return table
+
+
+def _key(run: Run) -> str | None:
+    """Return the partition or the window that a run is about: an event's, or what it was asked for."""
+    return run.partition_key or run.conf.get("partition") or run.conf.get("window")
 
 
 def land(months: tuple[str, ...]) -> None:
@@ -161,8 +168,6 @@ def tell() -> dict[str, Any]:
     began, seconds = time.monotonic(), dict[str, float]()
     book = Ledger(platform.load().ledger)
     before = len(book.find(PROJECT, "run"))
-    console.print(f"landing {WINDOW[0]} to {SCORED} from the upstream system")
-    timed(seconds, "land", lambda: land((*WINDOW, SCORED)))
     timed(seconds, "servers", servers.up)
     with AirflowApi.of() as api:
         runs = loop(api, book, began, seconds)
@@ -183,8 +188,8 @@ def tell() -> dict[str, Any]:
 
 
 def loop(api: AirflowApi, book: Ledger, began: float, seconds: dict[str, float]) -> dict[str, str]:
-    """Ask Airflow for the ingests; trainings and scores follow by assets. Return the ids of those runs."""
-    api.wait_for_dags(f"{PROJECT}.ingest", f"{PROJECT}.train", f"{PROJECT}.score")
+    """Land the months; ingests, a training and scores follow by themselves. Return the ids of the last two runs."""
+    api.wait_for_dags(*(f"{PROJECT}.{dag}" for dag in ("watch", "ingest", "train", "score")))
     story = Story(api, began)
     try:
         return tasks(api, book, story, seconds)
@@ -195,15 +200,20 @@ def loop(api: AirflowApi, book: Ledger, began: float, seconds: dict[str, float])
 
 def tasks(api: AirflowApi, book: Ledger, story: Story, seconds: dict[str, float]) -> dict[str, str]:
     """Follow the runs in their order; return the ids of the training and the scoring."""
+    asked_before = bool(requests.find(book, PROJECT, ASKED))
+    console.print(f"landing {WINDOW[0]} to {WINDOW[-1]} from the upstream system")
+    timed(seconds, "land", lambda: land(WINDOW))
     ingest = [(f"{PROJECT}.ingest", key) for key in WINDOW]
-    for dag, key in ingest:
-        api.trigger(dag, {"reason": "make demo"}, partition_key=key)
     timed(seconds, "ingest", lambda: story.wait(ingest, "ingest"))
+    if asked_before:
+        # A window is asked for by itself once; a second demo asks as a person would.
+        api.trigger(f"{PROJECT}.train", {"window": ASKED, "reason": "make demo, again"})
     train = timed(seconds, "train", lambda: story.wait([(f"{PROJECT}.train", ASKED)], "training", 900))[0]
     if book.champion(PROJECT) is None:
         why = "; ".join(_reasons(book)) or "see the task `gate`"
         raise UserError("there is no champion: the gate kept the candidate", hint=why)
-    api.trigger(f"{PROJECT}.ingest", {"reason": "make demo"}, partition_key=SCORED)
+    console.print(f"landing {SCORED}")
+    timed(seconds, "land_april", lambda: land((SCORED,)))
     timed(seconds, "ingest_april", lambda: story.wait([(f"{PROJECT}.ingest", SCORED)], "ingest"))
     score = timed(seconds, "score", lambda: story.wait([(f"{PROJECT}.score", SCORED)], "scoring"))[0]
     story.settle()

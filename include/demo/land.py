@@ -44,9 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         months = sorted({_month(text) for text in options.months})
         data = _package_data()
-        for source in SOURCES:
-            table = read(source, data, months)
-            for month in months:
+        tables = {source: read(source, data, months) for source in SOURCES}
+        # Month by month: who watches the folder finds all of a month's sources together.
+        for month in months:
+            for source, table in tables.items():
                 land(table, source, month, options.out)
     except ValueError as error:
         print(f"land.py: {error}", file=sys.stderr)

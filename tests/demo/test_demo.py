@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from mlflow_house import free_port
 
-from orrery import servers
+from orrery import requests, servers
 from orrery.airflow_api import AirflowApi
+from orrery.ledger import Ledger
 from orrery.servers import config, processes
 
 pytestmark = pytest.mark.slow
@@ -66,6 +67,12 @@ def test_the_demo(home: Path, env: dict[str, str], monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv(name, value)
     with AirflowApi.of(home) as api:
         train = api.run("flight_delay.train", report["runs"]["train"])
+        # Files landed, and all the rest came of it: the sensor found each month once and is named in the request.
+        ingests = [run for run in api.runs("flight_delay.ingest") if run.run_id.startswith("watch__")]
+        months = [run.conf["partition"] for run in sorted(ingests, key=lambda run: str(run.started))]
+        assert months == ["2013-01", "2013-02", "2013-03", "2013-04"] and len(api.runs("flight_delay.ingest")) == 4
+        asked = requests.find(Ledger(f"sqlite:///{home}/var/ledger.db"), "flight_delay", "2013-01..2013-03")
+        assert [request.source for request in asked] == ["sensor"]
         # The list of runs alone tells what came of it.
         assert train.partition_key == "2013-01..2013-03"
         assert "gate 2013-01..2013-03: promote" in str(train.note)
