@@ -13,7 +13,7 @@ test -x $(VENVS)/airflow/bin/orrery || { \
   fi; echo "nothing runs: the environments have not been made"; exit 0; }
 endef
 
-.PHONY: help demo test test-faults up down status check lock bench environments test-environments clean
+.PHONY: help demo replay replay-down test test-faults up down status check lock bench environments test-environments clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,13 @@ test-environments:
 demo: environments ## Real flights through the whole loop in Airflow: land, train, promote, score
 	@$(PYTHON) docker/venv.py upstream
 	@$(VENVS)/airflow/bin/python include/demo/demo.py
+
+replay: environments ## A year of flights, month by month: what retraining with a gate is worth, as picture and table
+	@$(PYTHON) docker/venv.py upstream
+	@$(VENVS)/airflow/bin/python include/demo/replay.py
+
+replay-down: ## Stop the replay's own Airflow and MLflow
+	@$(HAVE_ORRERY); $(VENVS)/airflow/bin/python include/demo/replay.py --down
 
 up: environments ## Start Airflow and MLflow on loopback
 	@$(VENVS)/airflow/bin/orrery up

@@ -141,6 +141,15 @@ class AirflowApi:
         body |= {name: value for name, value in given.items() if value is not None}
         return _run(self._call("POST", f"dags/{_part(dag_id)}/dagRuns", json=body))
 
+    def backfill(self, dag_id: str, first: datetime, last: datetime, conf: Mapping[str, Any] | None = None) -> None:
+        """Have a scheduled Dag's runs from `first` to `last` (both included) made, those that there are left out."""
+        body = {"dag_id": dag_id, "from_date": first.isoformat(), "to_date": last.isoformat(), "max_active_runs": 1}
+        self._call("POST", "backfills", json={**body, "dag_run_conf": dict(conf or {})})
+
+    def pause(self, dag_id: str, paused: bool = True) -> None:
+        """Keep a Dag from starting by itself, or let it again."""
+        self._call("PATCH", f"dags/{_part(dag_id)}", json={"is_paused": paused})
+
     def run(self, dag_id: str, run_id: str) -> Run:
         """Return one run as it is now."""
         return _run(self._call("GET", _path(dag_id, run_id)))
