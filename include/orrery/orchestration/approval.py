@@ -244,6 +244,8 @@ def approve_task(project: str, spec: ModelSpec, **kwargs: Any) -> ApproveOperato
         # Given from outside: Airflow marks these as the task's own, which alone are in the form of the question.
         params={"comment": Param("", type="string", maxLength=500, title="Comment", description="For the ledger.")},
         execution_timeout=timedelta(minutes=10),
+        # Told when it asks: a task that begins to wait has not ended, so none of its callbacks is called.
+        notifiers=notify.OrreryNotifier(project),
         doc_md="Asks one of the spec's `approvers`, in the tab *Required Actions* or by REST (`…/hitlDetails`).",
         **notify.task_callbacks(project, "approve"),
         **kwargs,
