@@ -76,7 +76,7 @@ def run(work: Work, params: MonitorParams) -> Result:
     return Result(
         verdict=decided.word,
         reasons=reasons,
-        metrics=_metrics(health),
+        metrics=_metrics(work, health),
         facts=_facts(policy, health),
         links={"Health": work.evidence("health.html", page)},
     )
@@ -118,9 +118,14 @@ def _drift(work: Work, predictions: pa.ChunkedArray) -> DriftReport | None:
 
 
 def _quarantine(work: Work) -> dict[str, float]:
-    facts = work.input("clean").facts
-    counts = {source: facts.get(source) or {} for source in work.spec.sources}
-    return {s: c["rows_quarantined"] / c["rows_in"] for s, c in counts.items() if c.get("rows_in")}
+    """Return each source's share in quarantine, by what validate counted; the rows' source first."""
+    counted = work.input("clean").result.get("metrics", {})
+    out = {}
+    for source in work.spec.sources:
+        away, kept = (float(counted.get(f"{name}_{source}", 0.0)) for name in ("quarantined", "rows"))
+        if away + kept:
+            out[source] = away / (away + kept)
+    return out
 
 
 def _history(work: Work) -> list[Seen | None]:
@@ -187,13 +192,13 @@ def _slices_told(policy: Policy, health: Health) -> list[str]:
     ]
 
 
-def _metrics(health: Health) -> dict[str, float]:
+def _metrics(work: Work, health: Health) -> dict[str, float]:
     """Return the figures by name (see the ledger); what is not known is left out."""
     measured, now, moved = health.performance, health.now, health.drift
     out: dict[str, float | None] = {
         "rows": float(health.rows.scored),
         "labelled": health.rows.share_labelled,
-        "quarantine": next(iter(health.quarantine.values()), None),
+        "quarantine": health.quarantine.get(work.spec.rows_source),
     }
     if measured.observed:
         low, high = measured.observed.interval
