@@ -18,7 +18,8 @@ from orrery.registry.tracking import ATTEMPT_TAG
 
 ANSWER_S = 5.0  # a person waits for it
 # What `plan` makes of names. No quote is in it: the path goes into a filter of MLflow's search.
-ATTEMPT = re.compile(r"[a-z][a-z0-9_]{0,62}/runs/[A-Za-z0-9_.=+-]{1,130}/[A-Za-z0-9_.=+-]{1,130}/[0-9]{1,6}", re.ASCII)
+NAME = r"[A-Za-z0-9_][A-Za-z0-9_.=+-]{0,129}"
+ATTEMPT = re.compile(f"[a-z][a-z0-9_]{{0,62}}/runs/{NAME}/{NAME}/[0-9]{{1,6}}", re.ASCII)
 
 router = APIRouter(dependencies=[READ_RUNS])
 
