@@ -42,6 +42,7 @@ FIRST = ("2013-01", "2013-02", "2013-03")
 MONTHS = tuple(f"2013-{month:02d}" for month in range(4, 13))
 # Whose candidates can still serve a month of the replay.
 ENDS = (FIRST[-1], *MONTHS[:-1])
+ARMS = ("frozen", "blind", "gated")
 DAGS = ("ingest", "request", "score", "labels", "monitor")
 PARTS = ("dags", "plugins", "include", "docker", "airflow_settings.yaml")
 DEFAULTS = {"ORRERY_AIRFLOW_PORT": "8090", "ORRERY_MLFLOW_PORT": "5510"}
@@ -271,7 +272,7 @@ def tell(home: Path) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     (out / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
     script("months.py", str(out / "plan.json"), str(out))
-    report = json.loads((out / "replay.json").read_text())
+    report: dict[str, Any] = json.loads((out / "replay.json").read_text())
     report |= {"planted": planted, "marks": plan["marks"], "seconds": round(time.monotonic() - began, 1)}
     report["at"] = datetime.now(UTC).isoformat(timespec="seconds")
     (out / "replay.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -281,18 +282,17 @@ def tell(home: Path) -> dict[str, Any]:
 def show(report: dict[str, Any], home: Path) -> None:
     """Print the closing tables."""
     table = Table(box=None, title="AUC by month, mean over seeds", title_justify="left", title_style="bold")
-    for column in ("month", "frozen", "blind", "gated", "Airflow's own (seed 0)", "decided when its labels were in"):
+    for column in ("month", *ARMS, "Airflow's own (seed 0)", "decided when its labels were in"):
         table.add_column(column, justify="left" if column in ("month", "decided when its labels were in") else "right")
     for month, mark in report["marks"]:
-        cells = [
-            f"{_mean([by[month] for by in report['auc'][arm].values()]):.4f}" for arm in ("frozen", "blind", "gated")
-        ]
+        cells = [f"{_mean([by[month] for by in report['auc'][arm].values()]):.4f}" for arm in ARMS]
         table.add_row(month, *cells, f"{report['served'][month]:.4f}", escape(mark.partition(":")[0]))
     means = report["mean"]
-    table.add_row("mean", *(f"[bold]{means[arm]:.4f}[/]" for arm in ("frozen", "blind", "gated")), "", "")
+    table.add_row("mean", *(f"[bold]{means[arm]:.4f}[/]" for arm in ARMS), "", "")
     console.print(table)
+    less = {arm: f"{means['gated'] - means[arm]:+.4f}" for arm in ARMS}
     console.print(
-        f"\ngated less frozen {means['gated'] - means['frozen']:+.4f}, less blind {means['gated'] - means['blind']:+.4f}"
+        f"\ngated less frozen {less['frozen']}, less blind {less['blind']}"
         f" ({len(report['auc']['gated'])} seeds; no refit after the gate: what was judged is what serves)"
     )
     planted = report["planted"]
