@@ -32,7 +32,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
 }
 # It needs no more: no eval, no worker, no request; `sandbox` without allow-same-origin makes the origin opaque.
-DRAWN_BY_SCRIPTS = re.compile(r"/report-[^/]+/[0-9]+/evidence/evidently\.html$", flags=re.ASCII)
+DRAWN_BY_SCRIPTS = re.compile(r"^[^/]+/runs/[^/]+/report-[^/]+/[0-9]+/evidence/evidently\.html$", flags=re.ASCII)
 SCRIPTS = (
     "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src data:; font-src data:"
