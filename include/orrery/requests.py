@@ -160,13 +160,13 @@ def due(
         return Due(why=_missing(spec, ends[0], have))
     newest = max([_last(w, grain) for w in (*(r.window for r in known), *trained)], default="")
     earlier = [k for k in sorted(have) if newest < k < ends[0] and _is_end(spec, k) and _complete(spec, k, have)]
-    return once(Due(tuple(training_window(spec, end, have) for end in (*earlier, *complete))), known)
+    return once(spec, Due(tuple(training_window(spec, end, have) for end in (*earlier, *complete))), known)
 
 
-def once(due: Due, asked: Iterable[TrainingRequest]) -> Due:
-    """Return what of it no calendar has asked for yet."""
-    done = {r.window for r in asked if r.source in CALENDAR}
-    new = tuple(w for w in due.windows if w not in done)
+def once(spec: ModelSpec, due: Due, asked: Iterable[TrainingRequest]) -> Due:
+    """Return what of it no calendar has asked for yet: a window counts by its end, it may have grown at its start."""
+    done = {_last(r.window, spec.grain) for r in asked if r.source in CALENDAR}
+    new = tuple(w for w in due.windows if _last(w, spec.grain) not in done)
     return Due(new, due.why) if new or not due.windows else Due(why=f"asked for already: {', '.join(due.windows)}")
 
 

@@ -91,7 +91,7 @@ class AskOperator(RequestOperator):
             key, (found, why) = last, self._drift(context, planner, last)
         elif by_person(context["dag_run"]):
             key = window_name(asked.partitions)
-            found, why = self._person(context, planner, key)
+            found, why = self._person(context, planner)
         else:
             key, (found, why) = last, self._calendar(context, planner, last)
         if not found:
@@ -101,13 +101,13 @@ class AskOperator(RequestOperator):
             context["outlet_events"][outlet].partition_keys = InOrder(r.window for r in found)
         return {"asked": sorted({r.window for r in found}), "requests": [r.key for r in found]}
 
-    def _person(self, context: Context, planner: Planner, window: str) -> tuple[list[TrainingRequest], str]:
-        run = context["dag_run"]
+    def _person(self, context: Context, planner: Planner) -> tuple[list[TrainingRequest], str]:
         mine = on_record(context, planner)
         assert mine is not None  # a dry run has ended before
         if not mine.open:
             return [], f"run {mine.taken_by} has taken it up"
-        other = None if mine.force else requests.begun_since(_of(planner, window), run.run_after, "")
+        moment = context["dag_run"].run_after
+        other = None if mine.force else requests.begun_since(_of(planner, mine.window), moment, "")
         if other is not None and requests.close(planner.ledger, mine, str(other.taken_by)):
             return [], f"run {other.taken_by} serves it: it began after this was asked"
         return [mine], ""
@@ -144,7 +144,7 @@ class AskOperator(RequestOperator):
         by, why = str(dag_run.dag_id), f"the features of {key} have landed"
         if spec.retrain.cron:
             source, why = "cron", f"cron {spec.retrain.cron}"
-            due = requests.once(requests.window_of(spec, partitions.shift(key, spec.grain, -1), there), known)
+            due = requests.once(spec, requests.window_of(spec, partitions.shift(key, spec.grain, -1), there), known)
         else:
             if _sensed(context):
                 source, by = "sensor", f"{self.project}.watch"
@@ -167,14 +167,15 @@ class TakeUpOperator(RequestOperator):
         if asked.dry_run:
             log.info("dry run: would take up the requests for %s", window)
             return {"window": window, "requests": []}
-        known = _of(planner, window)
         if by_person(dag_run):
             mine = on_record(context, planner)
             assert mine is not None  # a dry run has returned before
+            window = mine.window
+            known = _of(planner, window)
             other = requests.begun_since(known, dag_run.run_after, run) if mine.open and not mine.force else None
             if other is not None and requests.close(book, mine, str(other.taken_by)):
                 self.skip(context, planner, window, f"run {other.taken_by} serves it: it began after this was asked")
-        elif not any(r.open or r.taken_by == run for r in known):
+        elif not any(r.open or r.taken_by == run for r in _of(planner, window)):
             self._by_hand(context, planner, window)
         served = requests.take(book, self.project, window, run)
         if not served:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from airflow.sdk import BaseOperator
 from airflow.sdk.exceptions import AirflowSkipException
 
-from orrery import champions, platform, requests
+from orrery import champions, partitions, platform, requests
 from orrery.contract import STATUS_OF_CODE, VERBS, Result, StepError
 from orrery.errors import OrreryError, RequestError, UserError
 from orrery.ledger import Ledger
@@ -90,31 +90,33 @@ class StepOperator(BaseOperator):
         ti, dag_run = context["ti"], context["dag_run"]
         if self.verb == "rollback":
             return [self._rollback(context, planner, asked)]
-        actor, reason, force = asked.actor, asked.reason, asked.force
+        actor, reason, force, keys = asked.actor, asked.reason, asked.force, asked.partitions
         if params.verb_of(dag_run) == "train":
             served = requests.of_run(planner.ledger, self.project, params.first_name(dag_run))
             # Who asked and why is what the ledger tells of a promotion; an asset's event says neither.
             actor = ", ".join(dict.fromkeys(r.by for r in served)) or actor
             reason = "; ".join(dict.fromkeys(r.why for r in served if r.why))[:500] or reason
             force = force or any(r.force for r in served)
+            # What was taken up, for the whole run: one partition may mean a longer window by now.
+            keys = partitions.window(served[0].window, planner.spec.grain) if served else keys
         whole = VERBS[self.verb].scope == "window"
-        groups = [asked.partitions] if whole else [(key,) for key in asked.partitions]
+        groups = [keys] if whole else [(key,) for key in keys]
         if self.verb == "monitor":
-            groups = [*((key,) for key in waiting.behind(planner, asked.partitions[0])), *groups]
+            groups = [*((key,) for key in waiting.behind(planner, keys[0])), *groups]
         return [
             Request(
                 project=self.project,
                 verb=self.verb,
-                partitions=keys,
+                partitions=group,
                 run=params.run_name(dag_run),
                 task=ti.task_id,
                 attempt=ti.try_number,
                 actor=actor,
                 reason=reason,
-                force=force and (self.verb != "monitor" or keys == asked.partitions),
+                force=force and (self.verb != "monitor" or group == keys),
                 options=self._options(context),
             )
-            for keys in groups
+            for group in groups
         ]
 
     def _rollback(self, context: Context, planner: Planner, asked: params.Asked) -> Request:

@@ -42,7 +42,8 @@ def on_record(context: Mapping[str, Any], planner: Planner, source: Source = "ma
     if asked.dry_run:
         return None
     window, run = window_name(asked.partitions), params.first_name(context["dag_run"])
-    mine = [r for r in requests.find(planner.ledger, planner.project, window) if r.asked_by == run]
+    # By the run alone: one partition means the window that ends with it, which may have grown since.
+    mine = [r for r in requests.find(planner.ledger, planner.project) if r.asked_by == run]
     if mine:
         return mine[0]
     return requests.submit(
