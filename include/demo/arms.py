@@ -19,17 +19,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_fixed
+
 from orrery import partitions, platform, requests
 from orrery.contract import Result
-from orrery.errors import OrreryError, TryAgain
+from orrery.errors import INTERRUPTED, Interrupted, OrreryError, TryAgain
 from orrery.ledger import Ledger
 from orrery.local import LocalProcess
+from orrery.parent import follow_parent
 from orrery.plan import Planner, Request
 from orrery.runner import run
 from orrery.store import Store
@@ -84,10 +88,16 @@ class Arm:
 
     def step(self, verb: str, window: tuple[str, ...], what: str, **options: Any) -> Result:
         """Carry one step to its end."""
-        name = f"replay-{self.name}-{window[-1]}-{what}"
-        return run(
-            self.planner, Request(PROJECT, verb, window, name, verb, actor="replay", options=options), LocalProcess()
-        )
+        # A run of its own for each process: what a killed one has left behind may still be ending.
+        name = f"replay-{self.name}-{window[-1]}-{what}-{os.getpid()}"
+        for attempt in Retrying(
+            stop=stop_after_attempt(5), wait=wait_fixed(10), retry=retry_if_exception_type((TryAgain, Interrupted))
+        ):
+            with attempt:
+                number = attempt.retry_state.attempt_number
+                request = Request(PROJECT, verb, window, name, verb, number, actor="replay", options=options)
+                return run(self.planner, request, LocalProcess())
+        raise AssertionError("tenacity raises what it gives up on")
 
     def train(self, window: tuple[str, ...], what: str, **options: Any) -> str:
         """Train, and return the manifest of the model, which is the window's candidate now."""
@@ -171,6 +181,9 @@ def main() -> int:
     parser.add_argument("--arms", type=Path, required=True, help="folder of the arms")
     parser.add_argument("ends", nargs="+", help="months, such as 2013-03, whose windows are trained on")
     options = parser.parse_args()
+    # The step that is running ends with this process, also when that is told to stop or the replay dies.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(INTERRUPTED))
+    follow_parent()
     try:
         source = Store(f"file://{options.store}")
         for end in options.ends:

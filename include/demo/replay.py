@@ -235,7 +235,8 @@ def beside(home: Path) -> Iterator[Callable[[], Path]]:
     store = _folder(Store(platform.load().store))
     argv = [sys.executable, str(HERE / "arms.py"), "--store", store, "--arms", str(arms), *ENDS]
     with log.open("ab") as output:
-        process = subprocess.Popen(argv, stdout=output, stderr=output)
+        env = {**os.environ, "ORRERY_PARENT": str(os.getpid())}
+        process = subprocess.Popen(argv, env=env, stdout=output, stderr=output)
     try:
 
         def wait() -> Path:
