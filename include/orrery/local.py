@@ -26,7 +26,7 @@ from orrery.plan import Plan
 from orrery.store import trouble
 
 # What a step may not see: the orchestrator's own secrets and addresses.
-WITHHELD_PREFIXES = ("AIRFLOW_", "_AIRFLOW")
+WITHHELD_PREFIXES = ("AIRFLOW_", "_AIRFLOW", "OPENLINEAGE")
 # Of our own variables a step sees these; the others are addresses and credentials of the orchestrator.
 # ORRERY_SERVER marks what a server started, so that `orrery down` finds a step that outlived its worker.
 SHOWN = frozenset({"ORRERY_CACHE", "ORRERY_LOG", "ORRERY_SERVER", "ORRERY_TEST_MARK"})

@@ -147,6 +147,7 @@ def _facts(done: Sequence[Checked]) -> dict[str, Any]:
             "rows_clean": one.split.clean.num_rows,
             "rows_quarantined": one.split.quarantined.num_rows,
             "checks": len(one.outcomes),
+            "columns": {field.name: str(field.type) for field in one.split.clean.schema},
         }
         for one in done
     }

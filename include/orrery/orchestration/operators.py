@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import BaseOperator
@@ -29,6 +30,15 @@ NOTHING_MADE = frozenset({"kept", "skipped"})
 SENSED = {"source": "sensor"}
 
 
+@dataclass
+class Told:
+    """One step as far as it has come; the lineage of the task is made of these when it has ended."""
+
+    request: Request
+    plan: Plan | None = None
+    result: Result | None = None
+
+
 class StepOperator(BaseOperator):
     """Runs one verb of a project. The Dag's request says on what; everything else is the project's.
 
@@ -45,6 +55,7 @@ class StepOperator(BaseOperator):
         self.project, self.verb, self.chain = project, verb, chain
         self.operator_extra_links = tuple(link() for link in links.BY_VERB.get(verb, ()))
         self._launcher: Any = None
+        self._told: list[Told] = []
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Return a small summary of the result. Raises the typed error of the step (see `retry`)."""
@@ -136,12 +147,20 @@ class StepOperator(BaseOperator):
         return {"version": registered.get("facts", {}).get("model_version", "none")}
 
     def _one(self, context: Context, planner: Planner, request: Request) -> Result:
+        told = Told(request)
+        self._told.append(told)
         if self.verb == "score" and planner.champion() is None:
             log.info("%s has no champion yet: there is nothing to score %s with", self.project, request.key)
-            return record_skip(planner, request, "no champion yet")
+            told.result = record_skip(planner, request, "no champion yet")
+            return told.result
+
+        def started(plan: Plan) -> None:
+            told.plan = plan
+            self._push_known(context, plan.config.folder)
+
         self._launcher = self._make_launcher(context, planner)
         self._push_known(context)
-        result = run(planner, request, self._launcher, lambda plan: self._push_known(context, plan.config.folder))
+        result = told.result = run(planner, request, self._launcher, started)
         if result.skipped:
             log.info("%s %s: skipped, %s", self.verb, request.key, result.skipped)
         self._push_links(context, result)
@@ -205,6 +224,12 @@ class StepOperator(BaseOperator):
                 continue
             state = f"skipped, {plan.done.skipped}" if plan.done else "would be done"
             log.info("dry run: %s %s: %s", request.verb, request.key, state)
+
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> Any:
+        """Return what OpenLineage is told of the task, also when it failed; asked only where lineage is configured."""
+        from orrery.orchestration import lineage
+
+        return lineage.of_task(self.project, self.verb, self._told)
 
     def on_kill(self) -> None:
         """Stop the step's process and all it started."""

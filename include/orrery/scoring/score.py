@@ -57,7 +57,7 @@ def run(work: Work, params: ScoreParams) -> Result:
     for part in made:
         work.adopt(job.items[part.index].name, part.relative, part.size, part.sha256)
     work.write_json("report.json", report)
-    return _result(report)
+    return _result(report, columns(work, job, made))
 
 
 def plan_job(work: Work, params: ScoreParams) -> Job:
@@ -177,6 +177,14 @@ def read_back(work: Work, job: Job, made: list[Part]) -> pa.ChunkedArray:
     return pa.chunked_array(predictions, predictions[0].type if predictions else pa.float32())
 
 
+def columns(work: Work, job: Job, made: list[Part]) -> dict[str, str]:
+    """Return the scores' columns and their types: those of the first part, which are those of all."""
+    if not made:
+        return {}
+    schema: pa.Schema = parts.open_parquet(work.store, f"{job.folder}/{made[0].relative}").schema_arrow
+    return {field.name: str(field.type) for field in schema}
+
+
 def check_keys(keys: pa.ChunkedArray) -> None:
     """Raise `OrreryError` for a key that is absent or there twice (all keys in memory: some 100 bytes a row)."""
     if keys.null_count:
@@ -234,7 +242,7 @@ def _by_class(values: npt.NDArray[np.float32], classes: Iterable[str]) -> dict[s
     return {"mean": float(values.max(axis=1).mean(dtype=np.float64)), "classes": each}
 
 
-def _result(report: dict[str, Any]) -> Result:
+def _result(report: dict[str, Any], columns: dict[str, str]) -> Result:
     """Return the result: counts, and one sentence for each thing that a person should look at."""
     reasons = [
         f"{column}: {seen['rows']:,} rows have a value that the model does not know ({', '.join(seen['examples'])})"
@@ -245,4 +253,5 @@ def _result(report: dict[str, Any]) -> Result:
     metrics = {"rows": float(report["rows"]), "unknown_rows": float(sum(s["rows"] for s in report["unknown"].values()))}
     if "mean" in report["prediction"]:
         metrics["mean_prediction"] = report["prediction"]["mean"]
-    return Result(reasons=reasons, metrics=metrics, facts={"rows": report["rows"], "parts": report["parts"]})
+    facts = {"rows": report["rows"], "parts": report["parts"], "columns": columns}
+    return Result(reasons=reasons, metrics=metrics, facts=facts)
