@@ -28,18 +28,19 @@ def bag(tmp_path_factory: pytest.TempPathFactory):
 def test_each_project_has_its_dags(bag) -> None:
     from orrery.orchestration.assets import DAGS
 
-    # `watch` is there for whoever asks for it in the spec.
-    assert {f"flight_delay.{name}" for name in DAGS} - {"flight_delay.watch"} == set(bag.dags)
+    assert {f"flight_delay.{name}" for name in DAGS} == set(bag.dags)
 
 
-def test_a_project_that_watches_its_sources_has_one_more(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_project_that_does_not_watch_its_sources_has_one_less(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from orrery.orchestration import lifecycle
 
     shutil.copytree(ROOT / "include" / "projects" / "flight_delay", tmp_path / "flight_delay")
     spec = tmp_path / "flight_delay" / "spec.yaml"
-    spec.write_text(spec.read_text() + "\nwatch: 1m\n")
+    spec.write_text(re.sub("(?m)^watch:.*$", "", spec.read_text()))
     monkeypatch.setenv("ORRERY_PROJECTS", str(tmp_path))
-    assert "watch" in lifecycle("flight_delay", "a runbook")
+    assert "watch" not in lifecycle("flight_delay", "a runbook")
 
 
 def test_tasks_are_verbs_in_order_and_in_groups(bag) -> None:
@@ -53,6 +54,7 @@ def test_tasks_are_verbs_in_order_and_in_groups(bag) -> None:
         "labels": ["labels"],
         "monitor": order["monitor"],
         "rollback": ["rollback"],
+        "watch": ["watch", "ingest"],
     }
     groups = bag.dags["flight_delay.train"].task_group.children
     assert list(groups) == ["request", "data", "fit", "release"]

@@ -101,6 +101,7 @@ class Watched:
         self.api = AirflowApi(f"http://127.0.0.1:{self.port}", "admin", password)
         self.parts: dict[str, subprocess.Popen[bytes]] = {}
         self.airflow("db", "migrate")
+        self.airflow("pools", "set", "orrery-light", "4", "as in airflow_settings.yaml")
 
     def airflow(self, *args: str) -> None:
         done = subprocess.run(

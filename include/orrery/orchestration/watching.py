@@ -7,7 +7,7 @@ a landing has a name that follows from it, so that after a crash between the two
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import DAG, Asset, BaseOperator
@@ -35,6 +35,7 @@ def run_id(key: str, fingerprint: str) -> str:
 def watch_dag(project: str, spec: ModelSpec, doc: str | None) -> DAG:
     """Make `<project>.watch`. `doc` is the runbook shown on it."""
     landed = asset(project, "landed")
+    light = platform.load().compute_class("cpu-light")
     dag = DAG(
         dag_id=f"{project}.watch",
         schedule="@continuous",
@@ -46,6 +47,9 @@ def watch_dag(project: str, spec: ModelSpec, doc: str | None) -> DAG:
         doc_md=doc,
         default_args={
             "owner": spec.owner,
+            # A deferred wait takes no slot of the pool, and its time does not count.
+            "pool": light.pool,
+            "execution_timeout": timedelta(seconds=seconds(light.timeout)),
             "retries": retry.RETRIES,
             "retry_delay": retry.DELAY,
             "retry_exponential_backoff": 2,
