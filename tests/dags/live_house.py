@@ -46,14 +46,14 @@ from datetime import timedelta
 from airflow.providers.standard.operators.empty import EmptyOperator
 from airflow.sdk import DAG, task
 from orrery import platform
-from orrery.orchestration import notify, params
+from orrery.orchestration import notify, params, retry
 from orrery.orchestration.approval import approve_task
 from orrery.plan import Planner, Request
 from orrery.spec import load_model
 
 for project in ("toy", "hurry_keep", "hurry_promote"):
     spec = load_model(platform.project_folder(project))
-    common = {"schedule": None, "is_paused_upon_creation": False, "default_args": {"retries": 0}}
+    common = {"schedule": None, "is_paused_upon_creation": False, "default_args": {"retries": 2, "retry_delay": timedelta(seconds=1), "retry_policy": retry.policy()}}
 
     @task
     def register(project, params=None, dag_run=None):
@@ -122,9 +122,16 @@ class Live:
                 "access_token"
             ]
         headers = {"authorization": f"Bearer {self._tokens[user]}"}
-        return httpx.request(
-            method, f"{self.url}/api/v2/{path}", headers=headers, timeout=30, trust_env=False, **kwargs
-        )
+        for _ in range(3 if method == "GET" else 0):
+            try:
+                return self._once(method, path, headers, kwargs)
+            except httpx.TimeoutException:  # a busy machine; only a question may be asked again
+                continue
+        return self._once(method, path, headers, kwargs)
+
+    def _once(self, method: str, path: str, headers: dict[str, str], kwargs: dict[str, Any]) -> httpx.Response:
+        url = f"{self.url}/api/v2/{path}"
+        return httpx.request(method, url, headers=headers, timeout=60, trust_env=False, **kwargs)
 
     def trigger(self, dag: str, **conf: Any) -> str:
         answer = self.call("eve", "POST", f"dags/{dag}/dagRuns", json={"logical_date": None, "conf": conf})
