@@ -185,7 +185,7 @@ def test_a_feature_without_values_is_for_a_person(world: World) -> None:
     prediction = pa.array(sigmoid(np.nan_to_num(columns["a"]) + columns["b"]), pa.float32())
     result, _ = world.monitor("2013-04", features, world.scores(features, "2013-04", prediction))
     assert result.verdict == "watch" and result.metrics["features_stale"] == 1
-    few = month(5)
+    few = month(4)
     few["b"] = np.where(np.arange(4000) % 100 < 7, np.nan, few["b"])
     features = world.features(few, "2013-05")
     prediction = pa.array(sigmoid(few["a"] + np.nan_to_num(few["b"])), pa.float32())
@@ -235,6 +235,18 @@ def test_a_slice_that_broke_is_named(world: World) -> None:
     said = [r for r in result.reasons if r.startswith("auc of c v")]
     assert len(said) == 1 and "worse than promised" in said[0]
     assert not any(r.startswith(("auc of c u", "auc of c w")) for r in result.reasons)
+
+
+def test_probabilities_that_are_off_are_told_although_the_ranking_holds(world: World) -> None:
+    columns = month(4)
+    features = world.features(columns, "2013-04")
+    low = pa.array(sigmoid(columns["a"] + columns["b"] - 2), pa.float32())
+    result, health = world.monitor("2013-04", features, world.scores(features, "2013-04", low))
+    off = columns["label"].mean() - sigmoid(columns["a"] + columns["b"] - 2).mean()
+    assert health["performance"]["bias"]["value"] == pytest.approx(off, abs=1e-5)
+    assert result.verdict == "none" and off > 0.05
+    said = f"late predicted on average, {columns['label'].mean():.1%} came: probabilities are off"
+    assert any(said in r for r in result.reasons), result.reasons
 
 
 @pytest.mark.parametrize("label", [np.zeros(4000), np.full(4000, np.nan)])

@@ -32,6 +32,8 @@ from orrery.store import Manifest
 
 FILE = "health.json"
 FEATURES = "features.parquet"
+# A binary model whose mean prediction is off by this much of all rows is told of.
+BIAS = 0.05
 # Slices told in words; all of them are in health.json.
 SLICES_TOLD = 3
 
@@ -168,6 +170,7 @@ def _notes(work: Work, policy: Policy, health: Health) -> list[str]:
     for source, share in sorted(health.quarantine.items()):
         if share > work.spec.alerts.quarantine:
             out.append(f"{share:.1%} of {source} are in quarantine; at most {work.spec.alerts.quarantine:.1%} should")
+    out += _bias_told(work, health.performance)
     out += _slices_told(policy, health)
     if stale := [n for n in (health.drift.stale if health.drift else []) if n not in health.now.lost]:
         out.append(f"values are missing more often than in training: {verdict.names(stale)}")
@@ -178,6 +181,22 @@ def _notes(work: Work, policy: Policy, health: Health) -> list[str]:
     if rows.gone or rows.unscored:
         out.append(f"landed again since scoring: {rows.gone:,} scored rows are gone, {rows.unscored:,} were not scored")
     return out
+
+
+def _bias_told(work: Work, measured: Performance) -> list[str]:
+    """Say that probabilities are off as a whole: the ranking may hold, but a threshold means another thing."""
+    bias = measured.bias
+    if (
+        work.spec.task != "binary"
+        or bias is None
+        or abs(bias.value) < BIAS
+        or bias.interval[0] <= 0 <= bias.interval[1]
+    ):
+        return []
+    said = (
+        f"{measured.mean_prediction:.1%} {work.spec.label.column} predicted on average, {measured.mean_label:.1%} came"
+    )
+    return [f"{said}: probabilities are off, whatever the ranking is worth"]
 
 
 def _slices_told(policy: Policy, health: Health) -> list[str]:
@@ -247,6 +266,7 @@ def _document(
             "metrics": {k: _finite(v) for k, v in measured.others.items()},
             "mean_label": measured.mean_label,
             "mean_prediction": measured.mean_prediction,
+            "bias": measured.bias.told("bias") if measured.bias else None,
             "slices": [_slice(measured.metric, s) for s in measured.slices],
         },
         "rows": {n: getattr(rows, n) for n in ("scored", "labelled", "gone", "unscored", "unpredicted")},

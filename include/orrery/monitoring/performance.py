@@ -48,7 +48,10 @@ class Slice:
 
 @dataclass(frozen=True)
 class Performance:
-    """`observed` is None where the metric or its error is not defined; `others`: every metric of the task."""
+    """`observed` is None where the metric or its error is not defined; `others`: every metric of the task.
+
+    `bias`: mean label less mean prediction, which a ranking metric does not see; None for a multiclass.
+    """
 
     metric: str
     rows: int
@@ -58,6 +61,7 @@ class Performance:
     others: Mapping[str, float]
     mean_label: float | None
     mean_prediction: float | None
+    bias: Certainty | None
     slices: tuple[Slice, ...]
 
 
@@ -74,7 +78,8 @@ def measure(
     rows = holdout.labelled(table, task, classes)
     p = _predictions(table, task, len(classes), len(rows.classes))
     moments = holdout.moments(table)
-    observed = certainty.of_primary(task, rows.y, p, bootstrap.units(moments)) if len(p) else None
+    units = bootstrap.units(moments)
+    observed = certainty.of_primary(task, rows.y, p, units) if len(p) else None
     promised = sure_of(promise) if promise and promise.get("metric") == metric else None
     slices: list[tuple[str, str, Certainty, Sure | None]] = []
     for column in columns:
@@ -93,6 +98,7 @@ def measure(
         others=metrics.all_metrics(task, rows.y, p) if len(p) else {},
         mean_label=float(rows.mean_label.mean()) if number else None,
         mean_prediction=float(p.mean()) if number else None,
+        bias=certainty.of_mean(rows.mean_label - p, units) if number else None,
         slices=tuple(Slice(c, v, one, loss(metric, one, then, share)) for c, v, one, then in slices),
     )
 

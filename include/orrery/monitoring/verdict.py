@@ -3,12 +3,12 @@
 `retrain` when a loss against the promise is large enough to matter (`effect`), surer than chance, and there for
 `persistence` partitions in a row under one model version. `watch` when something of that is there already. Else `none`.
 
-- A loss counts when it is at least `effect`; the losses of the last `persistence` partitions are pooled, and what they
-  surely are (one-sided, 95 %) must be above zero. The promise is one number for all of them, so its error does not
-  shrink by waiting: a promise measured on few rows is doubted for as long as the model is in use.
+- A loss counts when it is at least `effect`. The losses of the last `persistence` partitions are pooled, and what they
+  surely are (the lower end of the 95 % interval) must be above zero. The promise is one number for all of them, so its
+  error does not shrink by waiting: a promise measured on few rows is doubted for as long as the model is in use.
 - Where fewer than `labelled` of the rows have a label, performance says nothing. Then predictions that have moved (PSI
-  beyond its noise of at least `PREDICTION_PSI`, by more than chance) count in its place; where labels are there, they
-  are a reason to watch and no more.
+  beyond its noise of at least `PREDICTION_PSI`, by more than chance) count in its place. Where labels are there,
+  performance is the better witness: in a world that moves, the predictions of a good model move as well.
 - Features that have moved never count, however many: raw weather moves every month, and a model that keeps its promise
   on it needs no training. One whose values went missing is for a person: a new training would learn the gap.
 - After `retrain` it is quiet for `cooldown` partitions: the request is on its way, or the gate has refused.
@@ -30,8 +30,8 @@ from orrery.spec import ModelSpec
 
 Word = Literal["none", "watch", "retrain"]
 
-# How sure a loss must be: one-sided, since only the lower end matters.
-SURE = 0.95
+# How sure a loss must be, one-sided: the lower end of the two-sided 95 % interval that people see.
+SURE = 0.975
 # Siddiqi, Credit Risk Scorecards (2006), ch. 6: above 0.25 the population has changed; the usual alarm is at 0.2.
 PREDICTION_PSI = 0.2
 PREDICTION_P = 0.01
@@ -193,9 +193,6 @@ def _decided(policy: Policy, row: list[Seen], now: Seen, asked: Seen | None) -> 
         return "watch", f"{said}; {left} more partition{'s' if left > 1 else ''} like this and it asks for a training"
     if now.lost:
         return "watch", f"{names(now.lost)}: the values went missing; look at the source, a training would not mend it"
-    if _moved(now):
-        kept = f"{policy.metric} keeps its promise" if known(policy, now) else "labels are missing"
-        return "watch", f"predictions have moved (PSI {now.prediction_psi:.2f}), {kept}"
     return "none", _kept(policy, now)
 
 
@@ -247,6 +244,10 @@ def _beside(policy: Policy, now: Seen) -> list[str]:
     out = []
     if now.labelled is not None and now.labelled < policy.labelled and now.promised is not None:
         out.append(f"{1 - now.labelled:.1%} of the scored rows have no label; at most {1 - policy.labelled:.0%} may")
+    if _moved(now) and known(policy, now):
+        out.append(
+            f"predictions have moved (PSI {now.prediction_psi:.2f}): performance is what counts while labels are there"
+        )
     if now.moved:
         out.append(f"features that have moved: {names(now.moved)}; by itself no reason to train again")
     return out
