@@ -41,7 +41,7 @@ def test_twelve_months_land_at_once_under_kills(house: Watched) -> None:
         time.sleep(rng.uniform(0, 5))
         house.kill(victim)
         house.start(victim)
-    house.until(lambda: ended(house, len(MONTHS)), "twelve ingests", 240)
+    house.until(lambda: ended(house, len(MONTHS)), "twelve ingests", 420)
     assert house.told() == MONTHS
     runs = house.api.runs(INGEST)
     assert len(runs) == len(MONTHS) == len({run.run_id for run in runs})
@@ -56,7 +56,7 @@ def test_what_lands_while_airflow_is_down_is_found_and_nothing_else_again(house:
     house.land("2013-05", text="a\n5\n5\n")
     house.land("2014-01")
     house.start(*PARTS)
-    house.until(lambda: ended(house, 14), "two more ingests", 240)
+    house.until(lambda: ended(house, 14), "two more ingests", 420)
     house.until(house.waits, "the watch Dag waits again")
     assert house.told() == [*MONTHS, "2013-05", "2014-01"]
 
