@@ -219,6 +219,22 @@ def test_a_promotion_in_between_labels_no_score_of_another_model(house: House, m
     assert (config.inputs["model"], config.params["model_version"]) == ((new.ref,), "2")
 
 
+def test_a_report_is_of_the_features_and_the_model_that_were_scored(house: House) -> None:
+    """Features that landed since, or a champion that came since, are another report's."""
+    landed(house, "2013-04")
+    used = house.store.latest_manifest("delays", "features", "2013-04")
+    assert used is not None
+    model = house.commit("train", "candidate", "2013-01..2013-03", inputs={"features": (used.ref,)})
+    given = {"features": (used.ref,), "model": (model.ref,)}
+    scores = house.commit("score", "scores", "2013-04", inputs=given)
+    landed(house, "2013-04", text="again")
+    house.commit("train", "candidate", "2013-02..2013-04", text="newer")
+    inputs = house.planner().plan(house.request("report", "2013-04")).config.inputs
+    assert inputs == {**given, "scores": (scores.ref,), "training": (used.ref,)}
+    with pytest.raises(RequestError, match="no scores for 2013-05"):
+        house.planner().plan(house.request("report", "2013-05"))
+
+
 @pytest.mark.parametrize("verb", ["train", "score"])
 @pytest.mark.parametrize(
     ("again", "message"),
