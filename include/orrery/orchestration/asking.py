@@ -23,6 +23,7 @@ from orrery.partitions import window_name
 from orrery.plan import Planner
 from orrery.requests import Source, TrainingRequest
 from orrery.runner import record_unstarted
+from orrery.spec import ModelSpec
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -88,12 +89,14 @@ class AskOperator(RequestOperator):
             raise AirflowSkipException("dry run: nothing was asked for")
         last = asked.partitions[-1]
         if params.verb_of(context["dag_run"]) == "monitor":
-            key, (found, why) = last, self._drift(context, planner, last)
+            key, (found, why) = last, self._monitored(context, planner, last)
         elif by_person(context["dag_run"]):
             key = window_name(asked.partitions)
             found, why = self._person(context, planner)
+        elif by_features(planner.spec) and (later := _monitor_will_ask(planner, last)):
+            key, found, why = last, [], later
         else:
-            key, (found, why) = last, self._calendar(context, planner, last)
+            key, (found, why) = last, self._calendar(context, planner, last, f"the features of {last} have landed")
         if not found:
             self.skip(context, planner, key, why)
         self.end(context, planner, "asked", found)
@@ -111,6 +114,14 @@ class AskOperator(RequestOperator):
         if other is not None and requests.close(planner.ledger, mine, str(other.taken_by)):
             return [], f"run {other.taken_by} serves it: it began after this was asked"
         return [mine], ""
+
+    def _monitored(self, context: Context, planner: Planner, partition: str) -> tuple[list[TrainingRequest], str]:
+        """Ask for what the verdict wants, and for what the calendar has due now that the partition's labels are in."""
+        found, why = self._drift(context, planner, partition)
+        if not by_features(planner.spec):
+            return found, why
+        due, later = self._calendar(context, planner, partition, f"the labels of {partition} are in")
+        return [*found, *due], f"{why}; {later}"
 
     def _drift(self, context: Context, planner: Planner, partition: str) -> tuple[list[TrainingRequest], str]:
         told, run = context["ti"].xcom_pull(task_ids="monitor") or {}, params.first_name(context["dag_run"])
@@ -136,13 +147,13 @@ class AskOperator(RequestOperator):
             return [], f"run {mine.taken_by} has taken it up"
         return ([mine], "") if mine.asked_by == run else ([], f"run {mine.asked_by} has asked for it")
 
-    def _calendar(self, context: Context, planner: Planner, key: str) -> tuple[list[TrainingRequest], str]:
+    def _calendar(self, context: Context, planner: Planner, key: str, why: str) -> tuple[list[TrainingRequest], str]:
         spec, book = planner.spec, planner.ledger
         dag_run, there = context["dag_run"], planner.store.keys(self.project, "features")
         known, run = requests.find(book, self.project), params.first_name(dag_run)
         source: Source = "quarterly" if "quarterly" in spec.retrain.on else "each"
-        by, why = str(dag_run.dag_id), f"the features of {key} have landed"
-        if spec.retrain.cron:
+        by = str(dag_run.dag_id)
+        if not by_features(spec):
             source, why = "cron", f"cron {spec.retrain.cron}"
             due = requests.once(spec, requests.window_of(spec, partitions.shift(key, spec.grain, -1), there), known)
         else:
@@ -211,3 +222,21 @@ def _sensed(context: Context) -> bool:
     """Tell whether the features came because the watch Dag found data (`operators.SENSED`)."""
     events = [e for found in context["triggering_asset_events"].values() for e in found]
     return any((e.extra or {}).get("source") == "sensor" for e in events)
+
+
+def by_features(spec: ModelSpec) -> bool:
+    """Tell whether the spec's calendar goes by what has landed, rather than by a cron or not at all."""
+    return "each" in spec.retrain.on or "quarterly" in spec.retrain.on
+
+
+def _monitor_will_ask(planner: Planner, key: str) -> str:
+    """Return why the calendar waits for the monitor, or nothing when it asks now.
+
+    Where there is a champion, a partition is scored and judged before it is trained on: a model that has seen it
+    would be judged too well, and its labels may not be known yet. A champion that came after the features may have
+    missed its scoring; then nobody else would ask.
+    """
+    champion, features = planner.champion(), planner.store.latest(planner.project, "features", key)
+    if champion is None or features is None or features.created <= champion.since:
+        return ""
+    return f"there is a champion: {planner.project}.monitor asks when the labels of {key} are in"
