@@ -25,9 +25,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def mlflow_server(home: Path) -> Iterator[str]:
+def mlflow_server(home: Path, port: int | None = None) -> Iterator[str]:
     """Run the server and yield its address; all its processes are ended."""
-    port = free_port()
+    port = port or free_port()
     home.mkdir(parents=True, exist_ok=True)
     env = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")} | {
         "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{home}/mlflow.db",

@@ -28,10 +28,8 @@ def program() -> str | None:
 class Page:
     """One tab. Everything it says on its console and every error in it is kept in `said`."""
 
-    def __init__(self, address: str) -> None:
-        from websockets.sync.client import connect
-
-        self._socket = connect(address, max_size=None, proxy=None, compression=None)
+    def __init__(self, socket: Any) -> None:
+        self._socket = socket
         self._number = 0
         self.said: list[str] = []
         for domain in ("Page", "Runtime", "Log", "Network"):
@@ -69,23 +67,23 @@ class Page:
             raise AssertionError(f"{expression[:200]}: {answer['exceptionDetails']}")
         return answer["result"].get("value")
 
-    def wait(self, expression: str, what: str = "", seconds: float = WAIT_S) -> Any:
-        """Wait until an expression is true and return it."""
+    def wait(self, expression: str, what: str = "", seconds: float = WAIT_S) -> None:
+        """Wait until an expression is true."""
         end = time.monotonic() + seconds
         while True:
             try:
-                found = self.js(expression)
+                found = self.js(f"!!({expression})")  # an element is no value, but it is there
             except AssertionError:  # between two documents there is none
                 found = None
             if found:
-                return found
+                return
             assert time.monotonic() < end, f"{what or expression} did not come; the page said {self.said}"
             time.sleep(0.1)
 
     def open(self, url: str) -> None:
-        """Go to a page and wait until it is loaded, and its fonts and images with it."""
+        """Go to a page and wait until it is loaded."""
         self.call("Page.navigate", url=url)
-        self.wait(f"location.href !== 'about:blank' && document.readyState === 'complete' && {json.dumps(url)}")
+        self.wait("location.href !== 'about:blank' && document.readyState === 'complete'", url)
 
     def look(self, width: int, dark: bool, height: int = 900) -> None:
         """Set the size of the window and the system's theme."""
@@ -117,14 +115,12 @@ class Page:
         self.call("Input.dispatchKeyEvent", type="keyDown", **common, **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", **common)
 
-    def close(self) -> None:
-        """Let go of the tab."""
-        self._socket.close()
-
 
 @contextmanager
 def chromium() -> Iterator[Page]:
     """Run Chromium with a profile of its own and yield its tab; all its processes are ended."""
+    from websockets.sync.client import connect
+
     binary = program()
     assert binary is not None
     profile = Path(tempfile.mkdtemp(prefix="orrery-chromium-"))
@@ -136,11 +132,8 @@ def chromium() -> Iterator[Page]:
     with (profile / "log").open("wb") as log:
         process = subprocess.Popen(argv, stdout=log, stderr=log, start_new_session=True)
     try:
-        page = Page(_address(profile, process))
-        try:
-            yield page
-        finally:
-            page.close()
+        with connect(_address(profile, process), max_size=None, proxy=None, compression=None) as socket:
+            yield Page(socket)
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         try:

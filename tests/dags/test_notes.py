@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -54,6 +55,59 @@ def test_buttons_point_to_mlflow_or_to_the_evidence_of_the_dag() -> None:
         "link_mlflow_run": "http://127.0.0.1:5500/#/x",
         "link_data_docs": "/orrery/evidence/p.ingest/p/runs/a%20b/1/evidence/data_docs/index.html",
     }
+
+
+@pytest.mark.parametrize(
+    ("verb", "key", "url"),
+    [
+        ("validate", "link_data_docs", "/orrery/evidence/p.d/p/runs/r/t-k/1/evidence/data_docs/index.html"),
+        ("evaluate", "link_curves", "/orrery/evidence/p.d/p/runs/r/t-k/1/evidence/curves.html"),
+        ("report", "link_evidently_report", "/orrery/evidence/p.d/p/runs/r/t-k/1/evidence/evidently.html"),
+        ("train", "link_mlflow_run", "/orrery/mlflow/p.d/run/p/runs/r/t-k/1"),
+        ("promote", "link_mlflow_model", "/orrery/mlflow/p.d/version/p/runs/r/t-k/1"),
+        ("gate", "link_verdict", "/dags/p.d/runs/manual__2013-04-02T06%3A10%2B00%3A00/plugin/orrery-verdict"),
+        ("monitor", "link_verdict", "/dags/p.d/runs/manual__2013-04-02T06%3A10%2B00%3A00/plugin/orrery-verdict"),
+    ],
+)
+def test_a_button_has_its_url_when_its_step_is_launched(
+    verb: str, key: str, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orrery.orchestration import operators
+
+    pushed: dict[str, str] = {}
+    context = {
+        "ti": SimpleNamespace(xcom_push=lambda key, value: pushed.update({key: value})),
+        "dag_run": SimpleNamespace(dag_id="p.d", run_id="manual__2013-04-02T06:10+00:00"),
+    }
+
+    def run(planner, request, launch, started) -> Result:
+        started(SimpleNamespace(config=SimpleNamespace(folder="p/runs/r/t-k/1")))
+        assert pushed == {key: url}  # the step would be launched now
+        return Result()
+
+    monkeypatch.setattr(operators, "run", run)
+    task = operators.StepOperator(task_id=verb, project="p", verb=verb)
+    monkeypatch.setattr(type(task), "_make_launcher", lambda *a: None)
+    task._one(context, None, None)
+    assert pushed == {key: url}
+
+
+@pytest.mark.parametrize(("verb", "on"), [("validate", set()), ("train", set()), ("gate", {"link_verdict"})])
+def test_a_step_that_is_skipped_has_no_button_for_what_it_does_not_make(
+    verb: str, on: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orrery.orchestration import operators
+
+    pushed: dict[str, str] = {}
+    context = {
+        "ti": SimpleNamespace(xcom_push=lambda key, value: pushed.update({key: value})),
+        "dag_run": SimpleNamespace(dag_id="p.d", run_id="r"),
+    }
+    monkeypatch.setattr(operators, "run", lambda planner, request, launch, started: Result(skipped="unchanged"))
+    task = operators.StepOperator(task_id=verb, project="p", verb=verb)
+    monkeypatch.setattr(type(task), "_make_launcher", lambda *a: None)
+    task._one(context, None, SimpleNamespace(key="k"))
+    assert set(pushed) == on
 
 
 def test_buttons_survive_the_storing_of_a_dag() -> None:

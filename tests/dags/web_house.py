@@ -62,10 +62,10 @@ RUNS = {
     "going": ("ingest", "manual__going", "running", "2014-01"),
 }
 # Marks that must never come out as they went in.
-EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)> \u202e\u2028 ${7*7} {{7*7}} ' OR 1=1 --"
+EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)> \u202e\u2028 ${71*73} {{71*73}} ' OR 1=1 --"
 
 
-def environment(home: Path, port: int, ledger: str | None = None) -> dict[str, str]:
+def environment(home: Path, port: int, mlflow: str) -> dict[str, str]:
     """Return the variables of this Airflow: its own home, database, port and users."""
     base = f"http://127.0.0.1:{port}"
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("ORRERY_", "AIRFLOW_", "MLFLOW_"))}
@@ -73,9 +73,9 @@ def environment(home: Path, port: int, ledger: str | None = None) -> dict[str, s
         "PYTHONWARNINGS": "ignore",
         "PYTHONPATH": str(Path(__file__).resolve().parent),
         "ORRERY_HOME": str(ROOT),
-        "ORRERY_LEDGER": ledger or f"sqlite:///{home}/ledger.db",
+        "ORRERY_LEDGER": f"sqlite:///{home}/ledger.db",
         "ORRERY_STORE": f"file://{home}/store",
-        "ORRERY_MLFLOW": os.environ.get("ORRERY_MLFLOW", "http://127.0.0.1:9"),
+        "ORRERY_MLFLOW": mlflow,
         "AIRFLOW_HOME": str(home / "airflow"),
         "AIRFLOW__CORE__DAGS_FOLDER": str(home / "dags"),
         "AIRFLOW__CORE__PLUGINS_FOLDER": str(ROOT / "plugins"),
@@ -95,13 +95,13 @@ def environment(home: Path, port: int, ledger: str | None = None) -> dict[str, s
 
 
 @contextmanager
-def api_server(home: Path, port: int) -> Iterator[str]:
+def api_server(home: Path, port: int, mlflow: str = "http://127.0.0.1:9") -> Iterator[str]:
     """Seed the database, run the server and yield its address; all its processes are ended."""
     home.mkdir(parents=True, exist_ok=True)
     (home / "passwords.json").write_text(json.dumps({name: name for name in USERS}))
     (home / "dags").mkdir(exist_ok=True)
     (home / "dags" / "stand_ins.py").write_text(DAG_FILE)
-    env = environment(home, port)
+    env = environment(home, port, mlflow)
     done = subprocess.run(
         [sys.executable, __file__, "seed", str(home)], env=env, capture_output=True, text=True, check=False
     )

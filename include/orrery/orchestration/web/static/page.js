@@ -21,7 +21,8 @@
   });
 
   // -- live: only what is different is put in place; what is open stays open ------------------------------------
-  var last = null;
+  var began = document.getElementById("live");
+  var last = began ? began.innerHTML : "";  // before anyone opened anything
   function marks(root) {
     return Array.prototype.map.call(root.querySelectorAll("details"), function (d) { return d.open; });
   }
@@ -36,7 +37,6 @@
         .then(function (text) {
           var next = new DOMParser().parseFromString(text, "text/html").getElementById("live");
           if (!next) return;
-          if (last === null) last = main.innerHTML;
           if (next.innerHTML !== last || next.dataset.live !== main.dataset.live) {
             last = next.innerHTML;
             var open = marks(main), focus = document.activeElement && document.activeElement.getAttribute("data-open");
