@@ -1,4 +1,4 @@
-"""What Airflow's UI shows of Orrery: buttons on tasks, notes on runs, tabs, reports from the store. No business logic."""
+"""What Airflow's UI shows of Orrery: buttons on tasks, notes on runs, tabs, and reports. No business logic."""
 
 from __future__ import annotations
 
