@@ -1,9 +1,10 @@
 """The whole loop on real flights, seen through Airflow's REST API: `make demo`.
 
 January to March land; the watch Dag finds them and has them ingested; their features complete a window, so a
-training is asked for and starts by itself; the champion is promoted; April lands and is scored. The demo itself
-only lands files. Ends non-zero, with the failing task's log, when any of the runs fails. Writes
-var/demo/report.json, when all is well.
+training is asked for and starts by itself; the champion is promoted. April lands and is scored; its labels are in,
+so the monitor compares what was promised with what happened, a training on all four months is asked for, and the
+gate decides whether it replaces the champion. The demo itself only lands files. Ends non-zero, with the failing
+task's log, when any of the runs fails. Writes var/demo/report.json, when all is well.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ PROJECT = "flight_delay"
 WINDOW = ("2013-01", "2013-02", "2013-03")
 ASKED = f"{WINDOW[0]}..{WINDOW[-1]}"
 SCORED = "2013-04"
+GROWN = f"{WINDOW[0]}..{SCORED}"
 HERE = Path(__file__).resolve().parent
 MARKS = {
     "success": "[green]✓[/]",
@@ -174,11 +176,15 @@ def tell() -> dict[str, Any]:
     quality = timed(seconds, "measure", lambda: measure(SCORED))
     seconds["total"] = round(time.monotonic() - began, 1)
     steps = [e.payload for e in book.find(PROJECT, "run")[before:]]
-    verdict = next(p for p in reversed(steps) if p["verb"] == "gate")
-    evaluation = next(p for p in reversed(steps) if p["verb"] == "evaluate")
+    verdict, evaluation = _last(steps, "gate", ASKED), _last(steps, "evaluate", ASKED)
+    health, retrained = _last(steps, "monitor", SCORED), _last(steps, "gate", GROWN)
+    asked = requests.find(book, PROJECT, GROWN)[-1]
     return {
         "verdict": verdict["verdict"],
         "reasons": verdict["reasons"],
+        "monitor": {k: health.get(k) for k in ("verdict", "reasons", "metrics")},
+        "request": {"window": asked.window, "source": asked.source, "by": asked.by, "why": asked.why},
+        "retrained": {k: retrained.get(k) for k in ("verdict", "reasons")},
         "holdout": evaluation["metrics"],
         "scored": quality,
         "seconds": seconds,
@@ -188,8 +194,9 @@ def tell() -> dict[str, Any]:
 
 
 def loop(api: AirflowApi, book: Ledger, began: float, seconds: dict[str, float]) -> dict[str, str]:
-    """Land the months; ingests, a training and scores follow by themselves. Return the ids of the last two runs."""
-    api.wait_for_dags(*(f"{PROJECT}.{dag}" for dag in ("watch", "ingest", "train", "score")))
+    """Land the months; all the rest follows by itself. Return the ids of the trainings and the scoring."""
+    dags = ("watch", "ingest", "request", "train", "score", "labels", "monitor")
+    api.wait_for_dags(*(f"{PROJECT}.{dag}" for dag in dags))
     story = Story(api, began)
     try:
         return tasks(api, book, story, seconds)
@@ -199,13 +206,13 @@ def loop(api: AirflowApi, book: Ledger, began: float, seconds: dict[str, float])
 
 
 def tasks(api: AirflowApi, book: Ledger, story: Story, seconds: dict[str, float]) -> dict[str, str]:
-    """Follow the runs in their order; return the ids of the training and the scoring."""
-    asked_before = bool(requests.find(book, PROJECT, ASKED))
+    """Follow the runs in their order; return the ids of the trainings and the scoring."""
+    asked_before = {request.window for request in requests.find(book, PROJECT)}
     console.print(f"landing {WINDOW[0]} to {WINDOW[-1]} from the upstream system")
     timed(seconds, "land", lambda: land(WINDOW))
     ingest = [(f"{PROJECT}.ingest", key) for key in WINDOW]
     timed(seconds, "ingest", lambda: story.wait(ingest, "ingest"))
-    if asked_before:
+    if ASKED in asked_before:
         # A window is asked for by itself once; a second demo asks as a person would.
         api.trigger(f"{PROJECT}.train", {"window": ASKED, "reason": "make demo, again"})
     train = timed(seconds, "train", lambda: story.wait([(f"{PROJECT}.train", ASKED)], "training", 900))[0]
@@ -216,21 +223,30 @@ def tasks(api: AirflowApi, book: Ledger, story: Story, seconds: dict[str, float]
     timed(seconds, "land_april", lambda: land((SCORED,)))
     timed(seconds, "ingest_april", lambda: story.wait([(f"{PROJECT}.ingest", SCORED)], "ingest"))
     score = timed(seconds, "score", lambda: story.wait([(f"{PROJECT}.score", SCORED)], "scoring"))[0]
+    timed(seconds, "monitor", lambda: story.wait([(f"{PROJECT}.monitor", SCORED)], "monitoring"))
+    if GROWN in asked_before:
+        api.trigger(f"{PROJECT}.train", {"window": GROWN, "reason": "make demo, again"})
+    again = timed(seconds, "retrain", lambda: story.wait([(f"{PROJECT}.train", GROWN)], "the second training", 900))[0]
     story.settle()
-    return {"train": train.run_id, "score": score.run_id}
+    return {"train": train.run_id, "score": score.run_id, "retrain": again.run_id}
+
+
+def _last(steps: list[dict[str, Any]], verb: str, key: str) -> dict[str, Any]:
+    """Return how a step ended at last."""
+    return next(p for p in reversed(steps) if (p["verb"], p["key"]) == (verb, key))
 
 
 def _reasons(book: Ledger) -> list[str]:
-    """Return the reasons of the last decision, the failed checks first."""
-    decisions = book.find(PROJECT, "decision")
-    return list(decisions[-1].payload["reasons"]) if decisions else []
+    """Return the reasons of the gate's last decision, the failed checks first."""
+    decisions = [e.payload for e in book.find(PROJECT, "decision") if e.payload["verb"] == "gate"]
+    return list(decisions[-1]["reasons"]) if decisions else []
 
 
 def show(report: dict[str, Any]) -> None:
     """Print the closing table."""
     quality, holdout = report["scored"], report["holdout"]
     table = Table(
-        title=f"{PROJECT}: champion version {quality['model_version']}",
+        title=f"{PROJECT}: champion version {quality['model_version']}, which scored {SCORED}",
         title_justify="left",
         title_style="bold",
         box=None,
@@ -244,11 +260,14 @@ def show(report: dict[str, Any]) -> None:
         f"{SCORED} ({quality['rows_with_label']:,} flights)", f"{quality['auc']:.4f}", f"{quality['baseline_auc']:.4f}"
     )
     console.print(table)
-    console.print(f"\n[bold]verdict:[/] {report['verdict']}")
-    for reason in report["reasons"]:
-        console.print(f"  {escape(reason)}")
-    console.print(f"[bold]scored:[/] {quality['rows_scored']:,} of {quality['rows']:,} rows of {SCORED}\n")
+    told("verdict on the first model", report["verdict"], report["reasons"])
+    console.print(f"[bold]scored:[/] {quality['rows_scored']:,} of {quality['rows']:,} rows of {SCORED}")
+    told(f"monitor of {SCORED}", report["monitor"]["verdict"], report["monitor"]["reasons"])
+    asked = report["request"]
+    console.print(f"[bold]request:[/] {asked['window']}, {asked['source']}, by {asked['by']}: {escape(asked['why'])}")
+    told(f"verdict on {GROWN}", report["retrained"]["verdict"], report["retrained"]["reasons"])
     steps = Table(box=None)
+    console.print()
     for column in ("step", "on", "total s", "start", "import", "work", "commit", ""):
         steps.add_column(column, justify="left" if column in ("step", "on", "") else "right")
     for step in report["steps"]:
@@ -258,6 +277,13 @@ def show(report: dict[str, Any]) -> None:
     console.print(steps)
     spent = ", ".join(f"{k} {v:.0f} s" for k, v in report["seconds"].items())
     console.print(f"\n[bold]spent:[/] {spent}")
+
+
+def told(what: str, verdict: str, reasons: list[str]) -> None:
+    """Print a verdict and its reasons."""
+    console.print(f"[bold]{what}:[/] {verdict}")
+    for reason in reasons:
+        console.print(f"  {escape(reason)}")
 
 
 def main() -> int:

@@ -29,10 +29,12 @@ def main(project: str, partition: str) -> None:
     joined = features.join(scores.select(["key", "prediction"]), "key", join_type="inner")
     known = joined.filter(pc.is_valid(joined["label"]))
     label = np.asarray(known["label"].to_numpy(), dtype=np.float64)
-    champion = Ledger(platform.load().ledger).champion(project)
-    assert champion is not None
     store = Store(platform.load().store)
-    model = store.manifest(champion.model)
+    scored = store.latest_manifest(project, "scores", partition)
+    assert scored is not None
+    used = scored.inputs["model"][0].path
+    version = next(v for v, path in Ledger(platform.load().ledger).versions(project).items() if path == used)
+    model = store.manifest(used)
     assert model is not None
     with tempfile.TemporaryDirectory() as scratch:
         schema = Schema.model_validate_json(store.read(model.uri("schema.json")))
@@ -43,7 +45,7 @@ def main(project: str, partition: str) -> None:
         "rows": features.num_rows,
         "rows_scored": scores.num_rows,
         "rows_with_label": known.num_rows,
-        "model_version": champion.version,
+        "model_version": version,
         "auc": auc(label, np.asarray(known["prediction"].to_numpy(), dtype=np.float64)),
         "baseline_auc": auc(label, np.asarray(baseline, dtype=np.float64)),
     }

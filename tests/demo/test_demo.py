@@ -59,7 +59,20 @@ def test_the_demo(home: Path, env: dict[str, str], monkeypatch: pytest.MonkeyPat
     assert scored["rows_scored"] == scored["rows"] == 28_330
     verbs = {s["verb"] for s in report["steps"]}
     assert verbs >= {"ingest", "validate", "materialize", "train", "evaluate", "gate", "register", "promote", "score"}
-    for said in ("champion version 1", "verdict: promote", "28,330 of 28,330 rows", "import", "sign in to Airflow as"):
+    assert verbs >= {"monitor", "report", "request"}
+    # April kept what the model had promised; a training on four months was asked for, and had to be better.
+    assert report["monitor"]["verdict"] == "none"
+    assert abs(report["monitor"]["metrics"]["observed"] - scored["auc"]) < 1e-6
+    assert report["request"]["window"] == "2013-01..2013-04" and report["request"]["by"] == "flight_delay.monitor"
+    assert report["retrained"]["verdict"] in ("kept", "promote") and report["retrained"]["reasons"]
+    for said in (
+        "champion version 1",
+        "verdict on the first model: promote",
+        "monitor of 2013-04: none",
+        "28,330 of 28,330 rows",
+        "import",
+        "sign in to Airflow as",
+    ):
         assert said in done.stdout, said
     password = json.loads((home / "var" / "airflow" / "passwords.json").read_text())["admin"]
     assert password not in done.stdout + done.stderr
