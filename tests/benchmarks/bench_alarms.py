@@ -429,7 +429,7 @@ def figures(found: dict[str, Any]) -> list[dict[str, Any]]:
         return max(100 * r["fires"] for r in found["rivals"] if r["scenario"] == name and r["rule"] == rule)
 
     out = []
-    for name, key in (("no change", "alarms_false"), ("no change, rough days", "alarms_false_rough")):
+    for name, key in (("no change", "alarms"), ("no change, rough days", "alarms_rough")):
         worst = max(100 * r["retrain"] for r in found["verdict"] if r["scenario"] == name and r["holdout"] == 1.0)
         against = f"PSI > 0.2: {rate(name, 'psi'):.0f} %, Evidently's preset {rate(name, 'evidently'):.0f} %, any column of it {rate(name, 'evidently_any'):.0f} % (ratio: PSI / ours)"
         out.append(

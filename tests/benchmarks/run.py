@@ -23,6 +23,7 @@ BENCHMARKS = {
     "bench_parse": ("airflow", ("parse_200",)),
     "bench_spark": ("spark", ("spark_vs_row_udf", "spark_vs_arrow_udf", "spark_vs_onnxruntime")),
     "bench_point_in_time_join": ("ml", ("point_in_time_join",)),
+    "bench_alarms": ("ml", ("alarms", "alarms_rough", "alarms_seen")),
     "bench_drift_vs_evidently": ("ml", ("drift_vs_evidently", "drift_memory")),
 }
 
