@@ -160,8 +160,11 @@ class Replay:
         if not mine:
             return ""
         promoted = mine[-1]["verdict"] == "promote"
-        reasons = [r for r in mine[-1]["reasons"] if "champion" in r or "baseline" in r or not promoted]
-        return ("promoted: " if promoted else "kept: ") + (reasons[0] if reasons else "")
+        reasons = mine[-1]["reasons"]  # of a refusal, what speaks against it comes first
+        why = (
+            next((r for r in reasons if "the champion of" in r and "95 %" in r), reasons[0]) if promoted else reasons[0]
+        )
+        return f"{'promoted' if promoted else 'kept'}: {why}"
 
     def _last(self, verb: str, key: str) -> dict[str, Any]:
         found = [
