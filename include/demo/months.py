@@ -114,7 +114,8 @@ def draw(months: list[str], found: dict[str, Any], marks: dict[str, str], target
         values = np.array([[by[m] for m in months] for by in found[arm].values()])
         axis.fill_between(at, values.min(axis=0), values.max(axis=0), color=COLOURS[arm], alpha=0.15, lw=0)
         label = f"{words} (mean {overall[arm]:.4f})"
-        axis.plot(at, values.mean(axis=0), color=COLOURS[arm], lw=2.2, marker="o", ms=4, label=label)
+        style: dict[str, Any] = {"ls": "--", "zorder": 3} if arm == "frozen" else {}  # seen where gated is the same
+        axis.plot(at, values.mean(axis=0), color=COLOURS[arm], lw=2.2, marker="o", ms=4, label=label, **style)
     low, high = axis.get_ylim()
     axis.set_ylim(low - 0.12 * (high - low), high + 0.02 * (high - low))
     for place, month in enumerate(months):
@@ -124,7 +125,11 @@ def draw(months: list[str], found: dict[str, Any], marks: dict[str, str], target
                       fontsize=7.5, color=colour)  # fmt: skip
     axis.set_xticks(at, months, fontsize=8)
     axis.set_ylabel("AUC on the month's flights")
+    seeds = len(found["gated"])
     axis.set_title("Flights of 2013 through the loop, month by month", loc="left", fontsize=11)
+    axis.set_xlabel(
+        f"mean and range of {seeds} seeds; below, what Airflow's gate decided at the month's end", fontsize=8
+    )
     axis.grid(axis="y", color="#e3e6ea", lw=0.8)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
