@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
 
 from airflow.models.taskinstance import TaskInstance
@@ -31,7 +33,17 @@ from orrery.orchestration.web.access import (
     runs_by_name,
 )
 
-app = FastAPI(title="Orrery", docs_url=None, redoc_url=None, openapi_url=None)
+
+@asynccontextmanager
+async def _ready(app: FastAPI) -> AsyncIterator[None]:
+    """Compile the templates and open the ledger when Airflow starts: the first person to look need not wait for it."""
+    pages.prepare()
+    with suppress(OrreryError):
+        Ledger(platform.load().ledger)
+    yield
+
+
+app = FastAPI(title="Orrery", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_ready)
 app.include_router(evidence.router)
 app.include_router(elsewhere.router)
 # An entry's id in the ledger, as far as a database's integer goes.

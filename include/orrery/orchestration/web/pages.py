@@ -59,6 +59,14 @@ def _environment() -> Environment:
     return env
 
 
+def prepare() -> None:
+    """Compile every template and read every file of ours."""
+    for name in _environment().list_templates():
+        _environment().get_template(name)
+    for name in FILES:
+        static_file(name)
+
+
 def render(template: str, status: int = 200, headers: dict[str, str] | None = None, **values: Any) -> HTMLResponse:
     """Return a page."""
     text = _environment().get_template(template).render(values)
