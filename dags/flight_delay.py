@@ -9,9 +9,19 @@
 | `evaluate`, `gate` | never red because of a weak model: a refused candidate is **green** with verdict `kept` | a red one is a bug or a missing input: read the message |
 | `register`, `promote` | MLflow is down | `make status`; they are tried again for ten to twenty minutes. After that, clear the task: the promotion happens once |
 | `score` | the features of the partition are missing, or Spark could not start | clear it after `ingest` of that partition is green |
+| `request` | the run asks for what cannot be (64), or the ledger was out of reach | read the message. **Skipped** is no failure: the note says why (window not complete, asked for already, verdict not `retrain`). Clearing it never asks twice |
+| `approve` | nobody answered, or the answer was no | see the question under *Required Actions*; clear `approve` to be asked again |
+| `labels` | the run names no month | *deferred* is its ordinary state: it waits until the labels are known, `label.delay` after the month ends |
+| `monitor` | the month has no scores, or its features are stale | run `score` (or `ingest`) of the month, then clear it. Verdict `watch` or `retrain` is green |
+| `report` | Evidently could not draw | verdict and request stand without it; clear it |
+| `rollback` | there is no earlier champion, or the version could not score | the message says which; name another `version`. Clearing a green one does nothing: trigger a new run to go further back |
+| `watch` | a source cannot be listed | credentials and address of the source; it goes on by itself |
 
-An Airflow Dag file: the three Dags of this project (`ingest`, `train`, `score`; will a flight arrive more than
-15 minutes late?) are made from `include/projects/flight_delay/`. A bad champion? `orrery ledger flight_delay`, then `orrery rollback flight_delay`.
+An Airflow Dag file: the Dags of this project (will a flight arrive more than 15 minutes late?) are made from
+`include/projects/flight_delay/`. `ingest` makes features; `request` asks for a training when they complete a window (a
+person can at any time: trigger `train`, or `request`); `train` takes up what was asked; `score`, `labels` and `monitor`
+follow each month, and `monitor` may ask, too. Who asked for what, when and why: `orrery ledger flight_delay`. A bad
+champion? Trigger `flight_delay.rollback`, or `orrery rollback flight_delay`.
 """
 
 from orrery.orchestration import lifecycle
