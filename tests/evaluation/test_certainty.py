@@ -155,6 +155,20 @@ def test_rows_counted_together_are_the_same_rows() -> None:
         assert (together.freedom, together.rows) == (single.freedom, single.rows)
 
 
+def test_slices_keep_whole_days_and_those_of_too_few_are_left_out() -> None:
+    """A weekday of a month is four days: counted as rows its error would look small."""
+    y, p, moments = sample(6000, days=28, shared=1.0)
+    units, day = bootstrap.units(moments), moments // DAY
+    weekdays, halves = [str(d) for d in range(7)], ["first", "second"]
+    assert certainty.of_slices("binary", weekdays, day % 7, y, p, units) == {}
+    found = certainty.of_slices("binary", halves, (day >= 14).astype(int), y, p, units)
+    first = day < 14
+    assert set(found) == set(halves) and found["first"].units == "14 days"
+    assert found["first"] == certainty.of_auc(y[first], p[first], bootstrap.units(moments[first]))
+    by_rows = certainty.of_slices("binary", weekdays, day % 7, y, p, by_row(6000))
+    assert set(by_rows) == set(weekdays)
+
+
 def test_evaluate_writes_the_promise_of_candidate_and_champion(tmp_path: Path) -> None:
     house = House(tmp_path)
     features = house.features(rows())

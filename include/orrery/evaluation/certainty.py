@@ -65,23 +65,32 @@ def of_primary(task: Task, y: npt.NDArray[Any], p: Array, units: Units) -> Certa
 
 
 def of_slices(
-    task: Task, values: list[str], place: npt.NDArray[np.int64], y: npt.NDArray[Any], p: Array,
-    moments: npt.NDArray[np.int64],
-) -> dict[str, Certainty]:  # fmt: skip
+    task: Task, values: list[str], place: npt.NDArray[np.int64], y: npt.NDArray[Any], p: Array, units: Units
+) -> dict[str, Certainty]:
     """Return the primary metric per value of a column, where it is defined; `place` [N] is each row's value.
 
-    As in `slices`: none for a column of too many values, and no value of too few rows.
+    As in `slices`: none for a column of too many values, and no value of too few rows. `units` are those of all rows;
+    a value that is there on too few days (each weekday of a month) is left out: as rows, its error would look small.
     """
     if len(values) > slices.MAX_VALUES:
         return {}
     found = {}
     for number, value in enumerate(values):
         rows = np.flatnonzero(place == number)
-        if len(rows) >= slices.MIN_ROWS:
-            one = of_primary(task, y[rows], p[rows], bootstrap.units(moments[rows]))
+        own = _part(units, rows)
+        if own is not None and len(rows) >= slices.MIN_ROWS:
+            one = of_primary(task, y[rows], p[rows], own)
             if one is not None:
                 found[value] = one
     return found
+
+
+def _part(units: Units, rows: npt.NDArray[np.int64]) -> Units | None:
+    """Return the units of some of the rows; None where these are of too few days."""
+    if units.of is None:
+        return Units(units.by, len(rows))
+    days, place = np.unique(units.of[rows], return_inverse=True)
+    return Units(units.by, len(days), place.astype(np.int64)) if len(days) >= bootstrap.MIN_DAYS else None
 
 
 def of_auc(y: Array, p: Array, units: Units, counts: Array | None = None) -> Certainty | None:

@@ -19,7 +19,6 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -142,8 +141,7 @@ def _report(
     task = work.spec.task
     primary = PRIMARY[task]
     numbers = {n: metrics.all_metrics(task, rows.y, p) for n, p in predictions.items()}
-    moments = holdout.moments(rows.table)
-    units = bootstrap.units(moments)
+    units = bootstrap.units(holdout.moments(rows.table))
     with _timed(work, "bootstrap"):
         compared = _compare(work, params, rows, predictions, units)
     times = pc.min_max(rows.table[tables.PREDICTION_TIME]).as_py()
@@ -163,7 +161,7 @@ def _report(
         "comparisons": {n: {k: _finite(v) for k, v in asdict(d).items()} for n, d in compared.items()},
         "bootstrap": {"by": units.by, "units": units.count},
         "promise": {
-            name: _promise(work, rows, predictions[name], candidate, units, moments)
+            name: _promise(work, rows, predictions[name], candidate, units)
             for name in ("candidate", "champion")
             if name in predictions
         },
@@ -192,9 +190,7 @@ def _compare(
         )
 
 
-def _promise(
-    work: Work, rows: Holdout, p: Array, candidate: Exported, units: bootstrap.Units, moments: npt.NDArray[np.int64]
-) -> dict[str, Any] | None:
+def _promise(work: Work, rows: Holdout, p: Array, candidate: Exported, units: bootstrap.Units) -> dict[str, Any] | None:
     """Return what a model promises on the primary metric, and how surely: monitoring holds it to that."""
     task = work.spec.task
     whole = certainty.of_primary(task, rows.y, p, units)
@@ -202,7 +198,7 @@ def _promise(
         return None
     by_slice = {}
     for name in candidate.schema.vocabularies:
-        found = certainty.of_slices(task, *holdout.groups(rows.table, name), rows.y, p, moments)
+        found = certainty.of_slices(task, *holdout.groups(rows.table, name), rows.y, p, units)
         by_slice[name] = {value: one.told(PRIMARY[task]) for value, one in found.items()}
     return {**whole.told(PRIMARY[task]), "slices": by_slice}
 

@@ -77,15 +77,14 @@ def measure(
     metric = PRIMARY[task]
     rows = holdout.labelled(table, task, classes)
     p = _predictions(table, task, len(classes), len(rows.classes))
-    moments = holdout.moments(table)
-    units = bootstrap.units(moments)
+    units = bootstrap.units(holdout.moments(table))
     observed = certainty.of_primary(task, rows.y, p, units) if len(p) else None
     promised = sure_of(promise) if promise and promise.get("metric") == metric else None
     slices: list[tuple[str, str, Certainty, Sure | None]] = []
     for column in columns:
         if column in table.column_names and len(p):
             told = ((promise or {}).get("slices") or {}).get(column) or {}
-            found = certainty.of_slices(task, *holdout.groups(table, column), rows.y, p, moments)
+            found = certainty.of_slices(task, *holdout.groups(table, column), rows.y, p, units)
             slices += [(column, value, one, sure_of(told.get(value))) for value, one in found.items()]
     share = 1 - (1 - CONFIDENCE) / max(1, sum(then is not None for *_, then in slices))
     number = task != "multiclass" and len(p) > 0
