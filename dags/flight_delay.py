@@ -18,9 +18,9 @@
 | `watch` | a source cannot be listed | credentials and address of the source; it goes on by itself |
 
 An Airflow Dag file: the Dags of this project (will a flight arrive more than 15 minutes late?) are made from
-`include/projects/flight_delay/`. `ingest` makes features; `request` asks for a training when they complete a window (a
+`include/projects/flight_delay/`. `ingest` makes features; `request` asks for the first training when they complete a window (a
 person can at any time: trigger `train`, or `request`); `train` takes up what was asked; `score`, `labels` and `monitor`
-follow each month, and `monitor` may ask, too. Who asked for what, when and why: `orrery ledger flight_delay`. A bad
+follow each month, and from then on `monitor` asks. Who asked for what, when and why: `orrery ledger flight_delay`. A bad
 champion? Trigger `flight_delay.rollback`, or `orrery rollback flight_delay`.
 """
 

@@ -33,6 +33,7 @@ PROJECTS: dict[str, dict[str, str]] = {
     "shuffled": {"retrain": "{on: [each]}"},
     "hostile": {"retrain": "{on: [manual]}"},
     "waiting": {"retrain": "{on: [drift]}", "delay": "99999d"},
+    "judged": {"retrain": "{on: [drift, each]}"},
     "disorder": {"retrain": "{on: [drift]}"},
 }
 
@@ -147,6 +148,24 @@ def shuffled(a: SmallAirflow, p: str) -> Any:
     a.land(p, SHUFFLED)
     a.settle(f"{p}.request")
     a.settle(f"{p}.train", first=True)
+
+
+def judged(a: SmallAirflow, p: str) -> Any:
+    """With a champion, a month is judged before it is trained on; here drift asks for the same window as well."""
+    planner = a.planner(p)
+    for key in YEAR[:3]:
+        publish(planner.store, p, "materialize", "features", key)
+    crowned = {"version": "1", "model": "m", "window": WINDOW}
+    planner.ledger.record(p, "promotion", "run-1", "done", "ada", crowned)
+    a.land(p, [YEAR[3]])
+    a.settle(p)
+    before = [r["window"] for r in a.requests(p)]
+    publish(planner.store, p, "score", "scores", YEAR[3])
+    a.played.verdict = "retrain"
+    a.announce(p, "scores", [YEAR[3]])
+    a.settle(p)
+    a.played.verdict = "none"
+    return {"before": before}
 
 
 def disorder(a: SmallAirflow, p: str) -> Any:

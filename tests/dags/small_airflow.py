@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def publish(store: Any, project: str, verb: str, dataset: str, key: str, inputs:
     address = content_digest(files)[:32]
     manifest = Manifest(
         project=project, verb=verb, key=key, address=address, files=files, digest=content_digest(files),
-        inputs=inputs or {}, result={}, created="2013-01-01T00:00:00.000+00:00",
+        inputs=inputs or {}, result={}, created=datetime.now(UTC).isoformat(timespec="milliseconds"),
     )  # fmt: skip
     store.put_if_absent(manifest.path, manifest.model_dump_json().encode())
     store.publish(project, dataset, key, manifest, manifest.created)

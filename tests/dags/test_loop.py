@@ -178,6 +178,16 @@ def test_a_year_in_any_order_is_asked_for_and_trained_in_key_order(scenes: dict)
     assert len({r["taken_by"] for r in scene["requests"]}) == len(every)
 
 
+def test_with_a_champion_a_month_is_judged_before_it_is_asked_for_and_two_causes_are_one_training(scenes: dict) -> None:
+    scene = scenes["judged"]
+    assert scene["before"] == []
+    assert "judged.monitor asks when the labels of 2013-04 are in" in scene["request"][0]["note"]
+    told = [(r["source"], r["window"], r["by"]) for r in scene["requests"]]
+    assert told == [("drift", "2013-02..2013-04", "judged.monitor"), ("each", "2013-02..2013-04", "judged.monitor")]
+    assert trained(scene) == ["2013-02..2013-04"] and len(scene["train"]) == 1
+    assert len({r["taken_by"] for r in scene["requests"]}) == 1
+
+
 def test_the_monitor_looks_at_earlier_partitions_first_whatever_event_came_first(scenes: dict) -> None:
     scene = scenes["disorder"]
     assert [r["key"] for r in scene["monitor"]] == ["2013-03", "2013-01", "2013-04", "2013-02"]
