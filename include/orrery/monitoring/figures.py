@@ -39,7 +39,7 @@ def page(
     title = html.escape(f"{project} {health.partition}: {health.verdict.word}")
     told = "".join(f"<li>{html.escape(r)}</li>" for r in reasons)
     scored = f"{health.rows.scored:,} rows scored by version {health.version}"
-    counts = html.escape(f"{scored}; {health.rows.share_labelled:.1%} have {label} by now")
+    counts = html.escape(f"{scored}; {health.rows.share_labelled:.1%} have a label ({label}) by now")
     parts = [
         f"<h1>{title}</h1><p>{counts}</p><ul>{told}</ul>",
         _by_partition(policy, [*(s for s in reversed(before) if s is not None), health.now]),
