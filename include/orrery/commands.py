@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -175,7 +175,7 @@ def ledger(
     all_: Annotated[bool, typer.Option("--all", help="Every run of a step as well.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Lines of JSON.")] = False,
 ) -> None:
-    """Show who asked for and promoted what, when, why, on which evidence; what was true at a time; what is unfinished."""
+    """Show who asked for what and promoted what, when and why; what was true at a time; what is unfinished."""
     from orrery import ledger_text
 
     platform.project_folder(project)

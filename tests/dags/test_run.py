@@ -60,7 +60,9 @@ for name, (verb, conf) in json.loads(sys.argv[2]).items():
     logging.getLogger("orrery").setLevel(logging.INFO)
     print(f"BEGIN {name}", flush=True)
     # A fresh bag each time: dag.test() writes a run's conf into the params of the Dag object itself.
-    run = DagBag(sys.argv[1]).dags[f"house_energy.{verb}"].test(run_conf=conf)
+    dag = DagBag(sys.argv[1]).dags[f"house_energy.{verb}"]
+    dag.deadline = []  # dag.test() looks for a deadline in the database, where it has not put it (Airflow 3.3)
+    run = dag.test(run_conf=conf)
     tasks = {t.task_id: str(t.state) for t in run.get_task_instances()}
     committed = sorted(p.parts[-3] for p in store.glob("*/*/manifest.json"))
     note, events = after(run)
