@@ -249,7 +249,7 @@ def test_probabilities_that_are_off_are_told_although_the_ranking_holds(world: W
     assert any(said in r for r in result.reasons), result.reasons
 
 
-@pytest.mark.parametrize("label", [np.zeros(4000), np.full(4000, np.nan)])
+@pytest.mark.parametrize("label", [np.zeros(4000), np.full(4000, np.nan), pa.nulls(4000)])
 def test_a_month_of_one_class_or_of_none(world: World, label: np.ndarray) -> None:
     columns = month(4)
     columns["label"] = label
@@ -257,6 +257,14 @@ def test_a_month_of_one_class_or_of_none(world: World, label: np.ndarray) -> Non
     assert result.verdict == "none" and "observed" not in result.metrics and "loss" not in result.metrics
     assert result.reasons[0].startswith("no verdict on auc: ")
     assert health["performance"]["observed"] is None and health["performance"]["slices"] == []
+    json.dumps(health, allow_nan=False)
+
+
+def test_a_partition_without_a_row(world: World) -> None:
+    whole = pa.table(month(4))
+    features = world.features({n: whole[n].slice(0, 0) for n in whole.column_names}, "2013-04")
+    result, health = world.monitor("2013-04", features, world.scores(features, "2013-04", pa.array([], pa.float32())))
+    assert result.verdict == "none" and result.metrics["rows"] == 0 and result.metrics["labelled"] == 0
     json.dumps(health, allow_nan=False)
 
 
