@@ -132,6 +132,8 @@ def airflow_environment(home: Path) -> dict[str, str]:
         "AIRFLOW__WORKERS__EXECUTION_API_TIMEOUT": "30",
         # A killed worker is noticed after two minutes instead of five.
         "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "120",
+        # A step whose scheduler died waits for this look: by default five minutes.
+        "AIRFLOW__SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "60",
         "AIRFLOW__LOGGING__COLORED_CONSOLE_LOG": "False",
         "AIRFLOW__LOGGING__UVICORN_LOGGING_LEVEL": "WARNING",
         # Task logs are read from the folder; without a log server each look at a running task would
