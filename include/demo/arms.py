@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ class Arm:
                 mine = self.home / "store" / file.relative_to(folder)
                 mine.parent.mkdir(parents=True, exist_ok=True)
                 if not mine.exists():
-                    os.link(file, mine)
+                    with suppress(FileNotFoundError):  # a temporary file of a step that is still at work
+                        os.link(file, mine)
 
     def window(self, end: str) -> tuple[str, ...]:
         """Return the partitions of the window that the calendar would ask for."""
