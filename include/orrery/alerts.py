@@ -269,9 +269,10 @@ def _changed(entry: Entry) -> bool:
 def _untaken(spec: ModelSpec, entries: Sequence[Entry], now: datetime) -> Found:
     """The monitor's last verdict is retrain, and no training took it up: nobody asks, or nobody listens."""
     verdicts = [e for e in entries if e.kind == "decision" and e.payload.get("verb") == "monitor"]
-    if not verdicts or verdicts[-1].payload.get("verdict") != "retrain":
+    # A `watch` that follows may be the cool-down's: only a verdict of none, or a training, ends it.
+    last = next((e for e in reversed(verdicts) if e.payload.get("verdict") != "watch"), None)
+    if last is None or last.payload.get("verdict") != "retrain":
         return
-    last = verdicts[-1]
     done = {e.key for e in entries if e.kind == "request" and e.phase == "done"}
     asked = [e for e in entries if e.kind == "request" and e.phase == "intent" and e.id > last.id]
     if any(e.key in done for e in asked):
@@ -338,9 +339,13 @@ def told_of(entries: Iterable[Entry]) -> list[Told]:
     return found
 
 
-def settle(book: Ledger, project: str, alerts: Sequence[Alert], channels: Collection[str]) -> list[Told]:
-    """Record what is new and what has ended; return the alerts that hold, as they are on record."""
-    known = told_of(book.find(project, "alert"))
+def settle(
+    book: Ledger, project: str, alerts: Sequence[Alert], channels: Collection[str], known: Sequence[Told]
+) -> list[Told]:
+    """Record what is new and what has ended; return the alerts that hold, as they are on record.
+
+    `known`: what was told when `alerts` were found. What another process has begun since is not this one's to end.
+    """
     holds = {a.state for a in alerts}
     open_ = {t.alert.state: t for t in known if not t.ended}
     for state, told in open_.items():

@@ -308,7 +308,7 @@ class Monitor(Frozen):
         "log_loss 0.0125); rmse: as a share of the promise (0.05).",
     )
     persistence: int = Field(2, ge=1, le=6, description="Partitions in a row that must show it.")
-    cooldown: int = Field(3, ge=0, le=6, description="Partitions after a request before drift asks again.")
+    cooldown: int = Field(3, ge=0, le=6, description="Partitions after a verdict `retrain` before the next one.")
     labelled: float = Field(0.8, gt=0, le=1, description="Smallest share of rows with a label; below: no verdict.")
 
 
@@ -415,6 +415,13 @@ class ModelSpec(Frozen):
         if "approval" in self.gate and not self.approvers:
             text = "nobody may approve: name the people in `approvers: [...]`, by their user names in Airflow"
             raise yamlfile.Inside(("gate", "approval"), text)
+        return self
+
+    @model_validator(mode="after")
+    def _watch_has_files(self) -> ModelSpec:
+        if self.watch and not any(s.uri and s.partition != "none" for s in self.sources.values()):
+            text = "only sources with a `uri` by partition can be watched, and there is none"
+            raise yamlfile.Inside(("watch",), text)
         return self
 
     @model_validator(mode="after")

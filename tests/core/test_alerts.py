@@ -54,7 +54,7 @@ class Book:
     def tell(self, *channels: str, missed: Missed | None = None) -> list[str]:
         """Do what an occasion does, up to the sending; return the keys that are open."""
         found = holding(P, self.spec, self.ledger.find(P, *alerts.KINDS), datetime.now(UTC), missed=missed)
-        return [t.key for t in settle(self.ledger, P, found, channels)]
+        return [t.key for t in settle(self.ledger, P, found, channels, told_of(self.ledger.find(P, "alert")))]
 
 
 @pytest.fixture

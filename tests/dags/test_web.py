@@ -374,7 +374,7 @@ def test_hostile_texts_of_the_ledger_are_shown_as_texts(tmp_path: Path) -> None:
     book.record(PROJECT, "approval", f"r/{EVIL}", "intent", EVIL, until)
     requests.submit(book, PROJECT, window=EVIL, source="ui", by=EVIL, why=EVIL, id=EVIL)
     alert = alerts.Alert("late", EVIL, PROJECT, EVIL, "critical", EVIL, "https://x/" + EVIL)
-    alerts.settle(book, PROJECT, [alert], (EVIL,))
+    alerts.settle(book, PROJECT, [alert], (EVIL,), [])
     seen = SimpleNamespace(owner=EVIL)
     found = model.read(book, PROJECT, {"r": (EVIL, EVIL)})
     text = bytes(pages.render("model.html", seen=seen, rollback_dag=EVIL, may_roll_back=True, **found).body).decode()

@@ -243,7 +243,8 @@ def plant(book: Any, project: str = PROJECT) -> None:
         before = [
             t.alert for t in alerts.told_of(book.find(project, "alert")) if not t.ended and t.alert.kind == "late"
         ]
-        alerts.settle(book, project, [alert, *before], ("slack",))
+        known = alerts.told_of(book.find(project, "alert"))
+        alerts.settle(book, project, [alert, *before], ("slack",), known)
     failed = name_of("failed")
     step(failed, "ingest", "2013-12", verdict="new")
     docs = f"{project}/runs/{failed}/validate-2013-12/1/evidence/data_docs/index.html"

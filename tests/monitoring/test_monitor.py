@@ -130,7 +130,7 @@ def test_two_bad_months_ask_once_and_then_it_is_quiet(world: World) -> None:
         words.append(result.verdict)
     assert words == ["none", "watch", "retrain", "watch", "watch", "watch", "retrain"]
     assert (
-        "2013-06 has asked for a training already"
+        "the verdict on 2013-06 was retrain already"
         in world.house.store.read_json(world.health[4].uri("health.json"))["reasons"][0]
     )
     assert health["history"] == [f"2013-{n:02d}" for n in range(9, 3, -1)]

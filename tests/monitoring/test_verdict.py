@@ -115,7 +115,7 @@ def test_the_words_say_what_whoever_is_on_call_must_know() -> None:
         "1 more partition like this and it asks for a training",
     )
     cooling = decide(POLICY, [replace(BAD, key="2013-05", verdict="retrain")], BAD)
-    assert "2013-05 has asked for a training already" in cooling.reasons[0]
+    assert "the verdict on 2013-05 was retrain already" in cooling.reasons[0]
     blind = decide(POLICY, [], seen(0.0, labelled=0.3))
     assert blind.reasons[0] == "no verdict on auc: labels are missing"
     assert blind.reasons[1] == "70.0% of the scored rows have no label; at most 20% may"

@@ -184,7 +184,7 @@ def _decided(policy: Policy, row: list[Seen], now: Seen, asked: Seen | None) -> 
         said = _persists(policy, window, losses)
         if asked is None:
             return "retrain", f"retrain: {said}"
-        return "watch", f"{said}; {asked.key} has asked for a training already, so this does not ask again yet"
+        return "watch", f"{said}; the verdict on {asked.key} was retrain already, so this does not ask again yet"
     if row and (sure or (known(policy, now) and pooled([now]).least > 0)):
         said = _shows(policy, now)
         if len(row) >= policy.persistence:

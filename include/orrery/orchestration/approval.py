@@ -16,7 +16,7 @@ from airflow.providers.standard.operators.hitl import ApprovalOperator
 from airflow.sdk import Param
 from airflow.sdk.exceptions import AirflowSkipException
 
-from orrery import approvals, partitions
+from orrery import approvals, partitions, requests
 from orrery.alerts import clean
 from orrery.errors import RequestError, TryAgain, UserError
 from orrery.orchestration import notify, params
@@ -56,7 +56,9 @@ class ApproveOperator(ApprovalOperator):
         """Ask; what follows is `execute_complete`. Skipped when there is nothing to promote."""
         planner = Planner(self.project)
         asked = params.read(context, planner)
-        window = partitions.window_name(asked.partitions)
+        # What the run took up, as its steps do: one partition may mean a longer window by now.
+        served = requests.of_run(planner.ledger, self.project, params.first_name(context["dag_run"]))
+        window = served[0].window if served else partitions.window_name(asked.partitions)
         verdict = planner.store.latest_manifest(self.project, "verdict", window)
         if verdict is None:
             raise RequestError(f"there is no verdict of the gate for {window}", hint="run gate first")

@@ -74,6 +74,13 @@ class CurvesLink(ResultLink):
     evidence = "curves.html"
 
 
+class HealthLink(ResultLink):
+    """The metric by partition with its promise, slices, and the features that moved."""
+
+    result_key = "Health"
+    evidence = "health.html"
+
+
 class EvidentlyLink(ResultLink):
     """Evidently's drift report of a partition."""
 
@@ -110,7 +117,7 @@ BY_VERB: dict[str, tuple[type[ResultLink], ...]] = {
     "register": (ModelVersionLink,),
     "promote": (ModelVersionLink,),
     "rollback": (ModelVersionLink,),
-    "monitor": (VerdictLink,),
+    "monitor": (VerdictLink, HealthLink),
     "report": (EvidentlyLink,),
 }
 LINKS: tuple[type[ResultLink], ...] = tuple(dict.fromkeys(link for links in BY_VERB.values() for link in links))

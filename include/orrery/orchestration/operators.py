@@ -95,6 +95,7 @@ class StepOperator(BaseOperator):
                     raise
                 # What is wrong with an earlier partition is that one's run to tell; it has no say in this verdict.
                 log.warning("%s %s is left out: %s", self.verb, request.key, e.message)
+                wanted.remove(request)  # nothing is announced of it
         return self._one(context, planner, last)
 
     def _requests(self, context: Context, planner: Planner, asked: params.Asked) -> list[Request]:

@@ -23,7 +23,7 @@ from fastapi import Depends, HTTPException
 from sqlalchemy import select
 
 from orrery.orchestration.assets import DAGS
-from orrery.orchestration.params import run_name
+from orrery.orchestration.params import first_name, run_name
 
 LONGEST = 250  # of Airflow's ids
 USER = Depends(get_user)
@@ -107,4 +107,5 @@ def runs_by_name(seen: Seen, session: Any) -> dict[str, tuple[str, str]]:
     found: dict[str, tuple[str, str]] = {}
     for row in session.execute(query):
         found[run_name(row)] = (row.dag_id, row.run_id)
+        found.setdefault(first_name(row), (row.dag_id, row.run_id))
     return found

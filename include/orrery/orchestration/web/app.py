@@ -17,7 +17,7 @@ from orrery import platform
 from orrery.errors import OrreryError
 from orrery.ledger import Ledger
 from orrery.orchestration import evidence
-from orrery.orchestration.params import actor, run_name
+from orrery.orchestration.params import actor, first_name, run_name
 from orrery.orchestration.web import addresses, elsewhere, model, pages, verdict
 from orrery.orchestration.web.access import (
     READ_RUNS,
@@ -125,6 +125,7 @@ def _verdict(seen: Seen, run: Any, session: Any) -> dict[str, Any]:
         asked=_iso(run.queued_at),
         started=_iso(run.start_date),
         ended=_iso(run.end_date),
+        first=first_name(run),
         tasks=tasks,
     )
     return verdict.read(Ledger(platform.load().ledger), asked)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +45,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Run:
-    """The run as Airflow has it. `name` is how store and ledger call it."""
+    """The run as Airflow has it. `name` is how store and ledger call it; `first`, before it was ever cleared."""
 
     project: str
     dag_id: str
@@ -58,6 +59,7 @@ class Run:
     asked: str = ""
     started: str = ""
     ended: str = ""
+    first: str = ""
     tasks: tuple[Task, ...] = ()
 
 
@@ -69,8 +71,13 @@ def tone(word: str) -> str:
 def read(book: Ledger, run: Run) -> dict[str, Any]:
     """Return all that the Verdict tab shows."""
     entries = book.find(run.project, "run", prefix=f"{run.project}/runs/{run.name}/")
-    approvals = book.find(run.project, "approval", prefix=run.name)
-    changes = book.find(run.project, "promotion", "rollback", phase="done", prefix=run.name)
+    approvals = book.find(run.project, "approval", prefix=f"{run.name}/")
+    name = (run.first or run.name) if run.dag_id.endswith(".rollback") else run.name
+    changes = [
+        e
+        for e in book.find(run.project, "promotion", "rollback", phase="done", prefix=name)
+        if re.fullmatch("(-[0-9a-f]{8})?", e.key.removeprefix(name))  # runner._intend's names
+    ]
     steps = _steps(run, _last(entries))
     live = run.state not in ENDED
     return {
@@ -168,7 +175,9 @@ def _verdict(
     failed = [s for s in steps if s["error"] and not s["again"]]
     decided = next((s for s in reversed(steps) if s["verb"] in ("gate", "monitor") and s["outcome"] != "waiting"), None)
     reasons = list(decided["reasons"]) if decided else []
-    if failed and (run.state == "failed" or not any(s["state"] == "running" for s in steps)):
+    # A monitor that leaves an earlier partition out, which it cannot judge, is green.
+    going = run.state == "success" or any(s["state"] == "running" for s in steps)
+    if failed and (run.state == "failed" or not going):
         word = "failed"
         title = f"{failed[0]['verb']} {failed[0]['key']}".strip() + " failed"
         reasons = [*(s["error"] for s in failed), *reasons]
@@ -237,4 +246,6 @@ def _approval(entry: Entry) -> dict[str, Any]:
 def _requests(book: Ledger, run: Run) -> list[dict[str, Any]]:
     """Return the requests that this run took up."""
     told = ("at", "by", "source", "window", "why")
-    return [{name: getattr(r, name) for name in told} for r in requests.of_run(book, run.project, run.name)]
+    return [
+        {name: getattr(r, name) for name in told} for r in requests.of_run(book, run.project, run.first or run.name)
+    ]
