@@ -66,6 +66,7 @@ def test_buttons_point_to_mlflow_or_to_the_evidence_of_the_dag() -> None:
         ("train", "link_mlflow_run", "/orrery/mlflow/p.d/run/p/runs/r/t-k/1"),
         ("promote", "link_mlflow_model", "/orrery/mlflow/p.d/version/p/runs/r/t-k/1"),
         ("gate", "link_verdict", "/dags/p.d/runs/manual__2013-04-02T06%3A10%2B00%3A00/plugin/orrery-verdict"),
+        ("monitor", "link_health", "/orrery/evidence/p.d/p/runs/r/t-k/1/evidence/health.html"),
         ("monitor", "link_verdict", "/dags/p.d/runs/manual__2013-04-02T06%3A10%2B00%3A00/plugin/orrery-verdict"),
     ],
 )
@@ -82,14 +83,14 @@ def test_a_button_has_its_url_when_its_step_is_launched(
 
     def run(planner, request, launch, started) -> Result:
         started(SimpleNamespace(config=SimpleNamespace(folder="p/runs/r/t-k/1")))
-        assert pushed == {key: url}  # the step would be launched now
+        assert pushed[key] == url  # the step would be launched now
         return Result()
 
     monkeypatch.setattr(operators, "run", run)
     task = operators.StepOperator(task_id=verb, project="p", verb=verb)
     monkeypatch.setattr(type(task), "_make_launcher", lambda *a: None)
     task._one(context, None, None)
-    assert pushed == {key: url}
+    assert pushed[key] == url
 
 
 @pytest.mark.parametrize(("verb", "on"), [("validate", set()), ("train", set()), ("gate", {"link_verdict"})])
