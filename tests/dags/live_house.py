@@ -150,7 +150,7 @@ class Live:
             time.sleep(0.5)
         return now
 
-    def ended(self, dag: str, run: str, timeout: float = 120) -> dict[str, Any]:
+    def ended(self, dag: str, run: str, timeout: float = 300) -> dict[str, Any]:
         end = time.monotonic() + timeout
         while (now := self.call("eve", "GET", f"dags/{dag}/dagRuns/{run}").json())["state"] not in (
             "success",

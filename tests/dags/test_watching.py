@@ -291,9 +291,9 @@ def test_tables_alone_cannot_be_watched(project: str, tmp_path: Path) -> None:
 def test_a_renewed_wait_is_a_skip(project: str) -> None:
     watch = dag_of(project).task_dict["watch"]
     assert isinstance(watch, WatchOperator)
-    assert watch.arrived({}, {"landed": [["2013-01", "f", "at"]]}) == [["2013-01", "f", "at"]]
+    assert watch.found({}, {"landed": [["2013-01", "f", "at"]]}) == [["2013-01", "f", "at"]]
     with pytest.raises(AirflowSkipException):
-        watch.arrived({}, {"landed": []})
+        watch.found({}, {"landed": []})
 
 
 class Supervisor:

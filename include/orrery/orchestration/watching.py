@@ -84,9 +84,9 @@ class WatchOperator(BaseOperator):
             self.log.info("source %s is not watched: it is a table, or not by partition", name)
         every = float(seconds(spec.watch))
         trigger = LandingTrigger(asset=self.landed.name, uris=uris, grain=spec.grain, last=spec.ends, every=every)
-        self.defer(trigger=trigger, method_name="arrived")
+        self.defer(trigger=trigger, method_name="found")
 
-    def arrived(self, context: Context, event: dict[str, Any]) -> list[list[str]]:
+    def found(self, context: Context, event: dict[str, Any]) -> list[list[str]]:
         """Return what landed; a skip when the wait is only to be renewed."""
         if not event["landed"]:
             raise AirflowSkipException("nothing has landed; the next run of this Dag goes on waiting")
