@@ -284,7 +284,7 @@ def test_tables_alone_cannot_be_watched(project: str, tmp_path: Path) -> None:
         '  near: {uri: "${data}/near/{partition}.csv"}\n', ""
     )
     (tmp_path / "projects" / "tiny" / "spec.yaml").write_text(spec)
-    with pytest.raises(UserError, match="nothing to watch"):
+    with pytest.raises(UserError, match="only sources with a `uri` by partition can be watched"):
         dag_of(project).task_dict["watch"].execute({})
 
 
