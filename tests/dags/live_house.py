@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -149,6 +150,18 @@ class Live:
             assert time.monotonic() < end, (now, self.log()[-6000:])
             time.sleep(0.5)
         return now
+
+    def settled(self, run: str, task: str, state: str, timeout: float = 120) -> None:
+        """Wait until the scheduler, too, has seen a task's process end in that state.
+
+        An answer given before that, in the first second, is lost by Airflow 3.3: the scheduler takes the resumed
+        task for one that was killed, and its retry asks again. No person is as quick as a test.
+        """
+        end = time.monotonic() + timeout
+        wanted = re.compile(rf"TaskInstance Finished: .*task_id={task}, run_id={re.escape(run)},.* state={state},")
+        while not wanted.search((self.home / "scheduler.log").read_text()):
+            assert time.monotonic() < end, self.log()[-6000:]
+            time.sleep(0.2)
 
     def ended(self, dag: str, run: str, timeout: float = 300) -> dict[str, Any]:
         end = time.monotonic() + timeout

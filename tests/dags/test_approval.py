@@ -24,6 +24,7 @@ def ask(live: Live, window: str, *reasons: str, dag: str = TRAIN) -> str:
     run = live.trigger(dag, window=window)
     live.wait(dag, run, "approve", WAITING, "failed")
     assert live.states(dag, run)["approve"] == WAITING, live.task_log(dag, run, "approve")
+    live.settled(run, "approve", WAITING)
     return run
 
 

@@ -67,7 +67,6 @@ class ApproveOperator(ApprovalOperator):
         terms, evaluation = planner.spec.approval, planner.store.need(verdict.inputs["evaluation"][0])
         if terms is None:
             raise AirflowSkipException("the spec asks for no approval any more: clear the run's register")
-        before = max((e.id for e in planner.ledger.find(self.project, "approval")), default=0)
         question = approvals.ask(
             planner.ledger,
             self.project,
@@ -83,8 +82,6 @@ class ApproveOperator(ApprovalOperator):
         known = approvals.answered(planner.ledger, question)
         if known is not None:  # answered, and the worker was lost before it could say so
             return self._go_on(context, known)
-        if question.id <= before and (given := self._given(context)) is not None:
-            return self.execute_complete(context, given)
         self.subject = clean(f"{self.project}: promote the challenger of {window}?", 200)
         self.body = body(planner.spec, verdict, evaluation)
         self.response_timeout = datetime.fromisoformat(question.payload["until"]) - datetime.now(UTC)
@@ -92,28 +89,6 @@ class ApproveOperator(ApprovalOperator):
             self.response_timeout = timedelta(seconds=1)
         self._put(context)
         return super().execute(context)
-
-    def _given(self, context: Context) -> dict[str, Any] | None:
-        """Return the answer that an earlier try of this same question was given and could not record.
-
-        Airflow would drop it as soon as the question is put again, and a person would have to say it twice.
-        """
-        from airflow.sdk.exceptions import AirflowRuntimeError
-        from airflow.sdk.execution_time.hitl import get_hitl_detail_content_detail
-
-        try:
-            found: Any = get_hitl_detail_content_detail(context["task_instance"].id)
-        except AirflowRuntimeError:  # none was put, or Airflow does not say: it is asked (again)
-            return None
-        if not found.response_received:
-            return None
-        user = found.responded_by_user
-        return {
-            "chosen_options": list(found.chosen_options or []),
-            "params_input": dict(found.params_input or {}),
-            "responded_at": found.responded_at,
-            "responded_by_user": {"id": user.id, "name": user.name} if user else None,
-        }
 
     def _put(self, context: Context) -> None:
         """Put the question to Airflow, and see that it is this one that people are shown.
