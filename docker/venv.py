@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENVS = Path(os.environ.get("ORRERY_VENVS") or ROOT / ".venvs")
 UV_VERSION = "0.13.9"
 NETWORK = "is there a network, and does pip's own configuration (pip config list) reach a package index?"
-ENVIRONMENTS = ("airflow", "ml", "spark")
+ENVIRONMENTS = ("airflow", "ml", "spark", "cloud")
 # The demo's data and the benchmarks' rivals: each in a folder of its own, without what it depends on.
 DATA = {
     "upstream": ROOT / "include" / "demo" / "requirements.txt",

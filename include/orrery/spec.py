@@ -245,6 +245,41 @@ class Disparity(Frozen):
     min_rows: int = Field(200, ge=1)
 
 
+class Checkpoint(Frozen):
+    """When a training saves what it needs to go on after an interruption, and how much of it is kept."""
+
+    every: Literal["auto"] | Duration | Annotated[int, Field(ge=1)] = Field(
+        "auto",
+        description="A time (`5m`), a number of optimiser steps (`500`), or `auto`: Young's and Daly's interval, from "
+        "the measured cost of a save and `interruptions`.",
+    )
+    keep: int = Field(2, ge=1, le=100, description="The newest checkpoints that are kept, beside the best weights'.")
+    interruptions: Duration = Field(
+        "15m", description="Mean time between interruptions that `auto` expects until it has seen this project's own."
+    )
+    within: Duration = Field("25s", description="What saving may take after SIGTERM; Kubernetes gives 30 s in all.")
+
+
+class Spot(Frozen):
+    """How long a training may stay on interruptible machines."""
+
+    deadline: Duration | None = Field(None, description="From the run's first attempt until the model must be there.")
+    max_interruptions: int = Field(20, ge=0, le=1000, description="After these the next attempt asks for `fallback`.")
+    fallback: ComputeName | None = Field(
+        None, description="On-demand compute class; none: the training fails when a limit is reached."
+    )
+
+
+class Tune(Frozen):
+    """How parameters declared `tunable` are searched (Optuna)."""
+
+    trials: int = Field(20, ge=1, le=1000)
+    parallel: int = Field(2, ge=1, le=100, description="Trials at a time; the compute class's pool bounds them too.")
+    prune: bool = Field(True, description="Stop a trial whose loss is above the median of the others at that epoch.")
+    compute: ComputeName | None = Field(None, description="Compute class of a trial; by default that of `train`.")
+    seed: int = Field(0, ge=0, le=2**31 - 1)
+
+
 class Train(Frozen):
     """How the model is fitted."""
 
@@ -254,8 +289,34 @@ class Train(Frozen):
     )
     compute: ComputeName = Field("cpu-small", description="Compute class of platform.yaml.")
     processes: int = Field(1, ge=1, le=64, description="Processes that torchrun starts (data parallel).")
+    strategy: Literal["auto", "single", "ddp", "fsdp", "zero1", "zero2", "zero3"] = Field(
+        "auto",
+        description="What the processes share: ddp: each has all weights; fsdp: each a part of everything (FSDP2); "
+        "zero1/2/3: DeepSpeed, optimizer state / and gradients / and weights in parts. auto: single or ddp.",
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: the forward pass in bfloat16 (autocast).")
+    microbatch: int | None = Field(
+        None,
+        ge=1,
+        description="Most rows of one forward pass per process; the gradients of several make one step of the global "
+        "batch. None: a process's whole share at once.",
+    )
+    clip: float | None = Field(None, gt=0, description="Largest norm of all gradients together.")
+    compile: bool = Field(False, description="torch.compile the module (a minute or more once, for large models).")
+    patience: int = Field(3, ge=1, le=1000, description="Epochs without a better loss on the tune part.")
+    checkpoint: Checkpoint = Checkpoint()
+    spot: Spot = Spot()
+    budget: float | None = Field(
+        None, gt=0, description="Most that one run's attempts may cost, in the platform's currency; then none is started."
+    )
     seed: int = Field(0, ge=0, le=2**31 - 1)
     params: dict[str, Any] = Field(default_factory=dict, description="Values for model.py's Params, over its defaults.")
+
+    @model_validator(mode="after")
+    def _strategy_fits(self) -> Train:
+        if self.strategy == "single" and self.processes != 1:
+            raise ValueError(f"`strategy: single` has one process, `processes` is {self.processes}")
+        return self
 
     @model_validator(mode="after")
     def _longest_is_longer(self) -> Train:
@@ -343,6 +404,7 @@ class ModelSpec(Frozen):
     )
     features: Features = Features()
     train: Train = Train()
+    tune: Tune | None = Field(None, description="Search model.py's tunable parameters: adds the Dag `<project>.tune`.")
     split: Split = Split()
     gate: dict[str, Any] = Field(
         default_factory=dict, description="Bounds per metric, `disparity`, and `approval` (`human`, or its terms)."
