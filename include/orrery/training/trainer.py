@@ -25,6 +25,8 @@ from orrery.training.network import Network
 from orrery.training.settings import Settings
 
 Tell = Callable[[int, dict[str, float]], None]
+# Asked by rank 0 after each epoch (its number from 0, its losses): True stops the training, without a model.
+Watch = Callable[[int, dict[str, float]], bool]
 PATIENCE = 3  # epochs without a better loss on the tune part
 TRIED_ROWS = 32  # of one trial step: enough for a batch norm
 CHUNK = 8192  # rows of one forward pass where no gradient is needed
@@ -44,6 +46,7 @@ class Fitted:
 
     history: list[dict[str, float]]
     best_epoch: int
+    stopped: bool = False  # by the watch: there is no model to export
 
 
 class Trainer:
@@ -57,10 +60,12 @@ class Trainer:
             self.replica.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
 
-    def fit(self, fit: Dataset, tune: Dataset, tell: Tell = lambda step, entry: None) -> Fitted:
+    def fit(
+        self, fit: Dataset, tune: Dataset, tell: Tell = lambda step, entry: None, watch: Watch | None = None
+    ) -> Fitted:
         """Train until the epochs are over or patience is out; the network is left with its best weights.
 
-        `tell` is given each epoch's number, from 0, and its losses.
+        `tell` is given each epoch's number, from 0, and its losses; `watch` may stop the training after each.
         """
         steps = self.settings.epochs * len(self._starts(fit.rows))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
@@ -77,10 +82,19 @@ class Trainer:
                     best, best_epoch, kept = entry["tune_loss"], epoch, _copy(self.network.module)
                 self._say(epoch, entry, time.monotonic() - began, epoch == best_epoch)
                 tick()
+                if self._stops(watch, epoch - 1, entry):
+                    return Fitted(history, best_epoch, stopped=True)
                 if epoch - best_epoch >= PATIENCE:
                     break
         self.network.module.load_state_dict(kept)
         return Fitted(history, best_epoch)
+
+    def _stops(self, watch: Watch | None, step: int, entry: dict[str, float]) -> bool:
+        """Ask the watch on rank 0; all ranks get its answer."""
+        if watch is None:
+            return False
+        stop = self.place.rank == 0 and watch(step, entry)
+        return self._sum(torch.tensor(float(stop))) > 0
 
     def _starts(self, rows: int) -> range:
         """Return where the global batches begin. A last, smaller one is left out: the next order uses its rows."""

@@ -25,7 +25,7 @@ from orrery.training.dataset import moments
 from orrery.training.network import Head, Inputs, Network
 from orrery.training.schema import Schema
 from orrery.training.settings import Settings
-from orrery.training.trainer import Fitted, Place, Trainer, refuse_shape, refuse_unused
+from orrery.training.trainer import Fitted, Place, Trainer, Watch, refuse_shape, refuse_unused
 
 if TYPE_CHECKING:
     from orrery.registry.client import Run
@@ -47,6 +47,7 @@ class Job:
     onnx: Path
     weights: Path
     tracked: Run | None = None  # in MLflow
+    watch: Watch | None = None  # of rank 0; what it stops has no model (the report says `stopped`)
 
 
 def save(job: Job, part: str, data: Dataset) -> None:
@@ -101,10 +102,12 @@ def _train(job: Job, place: Place) -> dict[str, Any]:
     trainer = Trainer(network, schema.task, job.settings, job.seed, place)
     live = Live(job.tracked if place.rank == 0 else None)
     with user_model.told("training", only_theirs=True):
-        fitted = trainer.fit(fit, tune, live.epoch)
+        fitted = trainer.fit(fit, tune, live.epoch, job.watch)
     live.end()
     if place.rank != 0:
         return {}
+    if fitted.stopped:
+        return {"history": fitted.history, "best_epoch": fitted.best_epoch, "stopped": True}
     if schema.task != "regression":
         scale, shift = _calibrate(trainer, tune)
     network.head = Head(schema.task, scale, shift)
