@@ -60,6 +60,28 @@ class TrainParams(Params):
     overrides: dict[str, Any] = Field(default_factory=dict)
 
 
+class TrialParams(Params):
+    """`trial`: which one of its study. What it varies, and how often, the spec and model.py say.
+
+    `storage` is where the study is kept, `trials` the addresses of the study's trials by number (hints).
+    """
+
+    number: int = Field(ge=0)
+    study: str = Field(pattern=r"^[0-9a-f]{32}$")
+    storage: str = ""
+    trials: tuple[str, ...] = ()
+
+
+class TuneParams(Params):
+    """`tune`: the study it decides, and draws of the bootstrap."""
+
+    study: str = Field(pattern=r"^[0-9a-f]{32}$")
+    storage: str = ""
+    trials: tuple[str, ...] = ()
+    seed: int = 0
+    draws: int = 1000
+
+
 class EvaluateParams(Params):
     """`evaluate`: seed of the bootstrap and its number of draws."""
 
@@ -158,6 +180,16 @@ VERBS: dict[str, Verb] = {
             hints=frozenset({"feast_registry", "feast_online"}),
         ),
         Verb("train", "orrery.training.train", "ml", TrainParams, "window", "candidate", compute="cpu-small"),
+        Verb(
+            "trial",
+            "orrery.tuning.trial",
+            "ml",
+            TrialParams,
+            "window",
+            compute="cpu-small",
+            hints=frozenset({"storage", "trials"}),
+        ),
+        Verb("tune", "orrery.tuning.tune", "ml", TuneParams, "window", "tuned", hints=frozenset({"storage", "trials"})),
         Verb("evaluate", "orrery.evaluation.evaluate", "ml", EvaluateParams, "window", "evaluation"),
         Verb("gate", "orrery.evaluation.gate", "ml", GateParams, "window", "verdict", by_address=True),
         Verb("register", "orrery.registry.register", "ml", RegisterParams, "window", effect=True),

@@ -22,7 +22,13 @@ from orrery.uri import absolute, has_secret
 Quantity = Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?(m|Ki|Mi|Gi|Ti)?$")]
 Profile = Literal["local", "kubernetes"]
 # The platform's addresses; each one's variable wins over the file.
-ADDRESSES = {"store": "ORRERY_STORE", "ledger": "ORRERY_LEDGER", "mlflow": "ORRERY_MLFLOW", "data": "ORRERY_DATA"}
+ADDRESSES = {
+    "store": "ORRERY_STORE",
+    "ledger": "ORRERY_LEDGER",
+    "mlflow": "ORRERY_MLFLOW",
+    "data": "ORRERY_DATA",
+    "tuning": "ORRERY_TUNING",
+}
 
 
 def pinned(image: str) -> str:
@@ -114,6 +120,16 @@ class Alerts(Frozen):
     email: Email | None = None
 
 
+class Wandb(Frozen):
+    """Weights & Biases beside MLflow. Its key comes from the steps' environment alone (WANDB_API_KEY)."""
+
+    project: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][\w.-]{0,127}$")]
+    mode: Literal["offline", "online"] = Field(
+        "offline", description="offline: files in the attempt's evidence, for `wandb sync`; online: sent as it goes."
+    )
+    entity: Annotated[str, StringConstraints(pattern=r"^[\w-]{1,128}$")] | None = None
+
+
 class Platform(Frozen):
     """The whole of platform.yaml."""
 
@@ -123,6 +139,11 @@ class Platform(Frozen):
     ledger: str = "sqlite:///${root}/var/ledger.db"
     mlflow: str = "http://127.0.0.1:${mlflow_port}"
     data: str = Field("file://${root}/var/upstream", description="What ${data} means in a source's uri.")
+    tuning: str = Field(
+        "${root}/var/tuning",
+        description="Where searches keep their studies: a folder of this machine, or a postgresql:// URL.",
+    )
+    wandb: Wandb | None = None
     environments: dict[Name, Environment]
     compute: dict[ComputeName, Compute] = Field(min_length=1)
     kubernetes: Kubernetes = Kubernetes()
@@ -238,8 +259,13 @@ def _load(key: tuple[str | None, ...], mtime: int) -> Platform:
                 f"{where}: a password must not stand in it: it is written into configs, logs and the ledger",
                 hint="give the credentials in the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
             )
+    if has_secret(fields["tuning"], references=True):
+        raise SpecError(
+            f"{file}: tuning: a password must be written as $NAME, a variable in the steps' environment",
+            hint="such as postgresql://orrery:$TUNING_PASSWORD@host/optuna",
+        )
     # The command line runs anywhere, a step runs in the home: both must mean the same place.
-    fields |= {f: absolute(fields[f], Path(root)) for f in ("store", "data", "ledger")}
+    fields |= {f: absolute(fields[f], Path(root)) for f in ("store", "data", "ledger", "tuning")}
     registry = substitute(platform.feast.registry, values, f"{file}: feast.registry")
     feast = Feast(
         registry=registry if "://" in registry else str(Path(root) / registry),
