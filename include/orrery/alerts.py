@@ -20,6 +20,7 @@ from datetime import datetime, timedelta
 from typing import Any, Literal
 
 from orrery import approvals
+from orrery.attempts import folder_of
 from orrery.ledger import Entry, Kind, Ledger, moment
 from orrery.spec import ModelSpec, seconds
 
@@ -247,7 +248,7 @@ def _stale(project: str, spec: ModelSpec, entries: Sequence[Entry]) -> Found:
 def _refused(project: str, spec: ModelSpec, entries: Sequence[Entry]) -> Found:
     """The gate has refused the last candidates, one after the other."""
     decisions = [e for e in entries if e.kind == "decision" and e.payload.get("verb", "gate") == "gate"]
-    mine = [e for e in decisions if str(e.payload.get("attempt", "")).startswith(f"{project}/runs/{project}.")]
+    mine = [e for e in decisions if folder_of(e.payload).startswith(f"{project}/runs/{project}.")]
     row: dict[str, Entry] = {}  # by verdict: a gate that ran again on the same numbers refused no other candidate
     for entry in mine:
         if entry.payload.get("verdict") == "promote":

@@ -38,6 +38,9 @@ class Request:
     reason: str = ""
     force: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    compute: str = ""  # class of platform.yaml; none: the verb's
+    queued_s: float = 0.0  # how long the attempt has waited to be started
+    cleared: tuple[str, ...] = ()  # the run's names before it was cleared, which attempts may have been lost under
 
     @property
     def key(self) -> str:
@@ -48,13 +51,19 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """A request made exact. `done` is set when there is nothing to do; `packed` is pushed when the step is prepared."""
+    """A request made exact. `done` is set when there is nothing to do; `packed` is pushed when the step is prepared.
+
+    `compute` is the class that the step is to run on.
+    """
 
     config: StepConfig
     verb: Verb
     environment: dict[str, str]
     done: Result | None = None
     packed: bundle.Bundle | None = None
+    compute: str = ""
+    # What the launcher tells of the attempt, for the ledger: beside the fields of `attempts.Attempt`.
+    told: dict[str, Any] = field(default_factory=dict)
 
 
 class Planner:
@@ -124,11 +133,16 @@ class Planner:
             run=run,
             task=request.task,
             attempt=request.attempt,
-            folder=f"{request.project}/runs/{run}/{safe_name(f'{request.task}-{request.key}')}/{request.attempt}",
+            folder=attempt_folder(request),
             requested=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         done = self._released(request, inputs) if verb.name in ("register", "promote") else self._done(config, verb)
-        return Plan(config, verb, self._secrets(verb), done, packed)
+        return Plan(config, verb, self._secrets(verb), done, packed, self.compute_of(request))
+
+    def compute_of(self, request: Request) -> str:
+        """Return the compute class that a request runs on."""
+        verb = VERBS[request.verb]
+        return request.compute or (self.spec.train.compute if verb.name == "train" else verb.compute)
 
     def _released(self, request: Request, inputs: dict[str, tuple[Ref, ...]]) -> Result | None:
         """Return the end of a release with nothing (more) to do: refused, or promoted already."""
@@ -441,6 +455,12 @@ class Planner:
         if verb.name in ("train", "register", "promote", "rollback"):
             return {"MLFLOW_TRACKING_URI": self.platform.mlflow}
         return {}
+
+
+def attempt_folder(request: Request, run: str | None = None) -> str:
+    """Return the folder in the store of a request's attempt (`run`: as it was called under another name of the run)."""
+    slot = safe_name(f"{request.task}-{request.key}")
+    return f"{request.project}/runs/{safe_name(run or request.run)}/{slot}/{request.attempt}"
 
 
 def safe_name(text: str) -> str:

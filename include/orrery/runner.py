@@ -7,17 +7,19 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from pydantic import ValidationError
 
-from orrery import bundle
-from orrery.contract import Result, StepConfig
+from orrery import attempts, bundle, goodput
+from orrery.attempts import Attempt
+from orrery.contract import Result, StepConfig, StepError
 from orrery.errors import Interrupted, OrreryError, TryAgain, UserError
 from orrery.lease import Lease
 from orrery.ledger import Entry, Kind, Ledger, unfinished
-from orrery.plan import Plan, Planner, Request, safe_name
+from orrery.plan import Plan, Planner, Request, attempt_folder, safe_name
 from orrery.store import Store
 
 # What changes the champion, and what the ledger calls it.
@@ -48,8 +50,9 @@ def prepare(plan: Plan, store: Store) -> None:
     """Write the project's bundle and the attempt's config document, whole, before anything is started."""
     if plan.packed is not None:
         bundle.push(store, plan.packed)
-    # The same attempt may have been started before (a worker that was lost): its result is not this one's.
-    store.remove(f"{plan.config.folder}/result.json")
+    # The same attempt may have been started before (a worker that was lost): its end is not this one's.
+    for name in ("result.json", goodput.NAME):
+        store.remove(f"{plan.config.folder}/{name}")
     store.put(f"{plan.config.folder}/config.json", plan.config.model_dump_json(indent=1).encode())
 
 
@@ -67,11 +70,14 @@ def run(planner: Planner, request: Request, launch: Launcher, started: Callable[
 
 
 def _carry(planner: Planner, request: Request, launch: Launcher, started: Callable[[Plan], None] | None) -> Result:
+    clock = time.monotonic()
+    attempt = _begun(planner, request)
     plan = planner.plan(request)
     if plan.done is not None:
-        _record(planner, request, plan, plan.done)
+        _record(planner, request, plan, plan.done, attempts.ended(attempt, plan.done, None, time.monotonic() - clock))
         return plan.done
     intent = _intend(planner, request, plan) if request.verb in CHANGES else None
+    attempts.write(planner.store, plan.config.folder, attempt)
     prepare(plan, planner.store)
     if started:
         started(plan)
@@ -79,9 +85,16 @@ def _carry(planner: Planner, request: Request, launch: Launcher, started: Callab
     result = read_result(planner.store, plan.config, code)
     if intent is not None and result.status == "done":
         _complete(planner, intent)
-    _record(planner, request, plan, result)
+    progress = attempts.progress_of(planner.store, plan.config.folder)
+    attempt = attempts.ended(attempt, result, progress, time.monotonic() - clock, plan.told)
+    _record(planner, request, plan, result, attempt)
     raise_for(plan, result)
     return result
+
+
+def _begun(planner: Planner, request: Request) -> Attempt:
+    name = planner.compute_of(request)
+    return attempts.begun(request.attempt, name, planner.platform.compute.get(name), request.queued_s)
 
 
 def read_result(store: Store, config: StepConfig, code: int) -> Result:
@@ -176,9 +189,9 @@ def _kind(request: Request) -> Kind:
     return CHANGES[request.verb]
 
 
-def _record(planner: Planner, request: Request, plan: Plan, result: Result) -> None:
+def _record(planner: Planner, request: Request, plan: Plan, result: Result, attempt: Attempt) -> None:
     """Append the attempt (and what a gate or a monitor decided) to the ledger, once."""
-    payload = _payload(request.verb, request.key, plan.config.folder, result)
+    payload = _payload(request.verb, request.key, plan.config.folder, result, attempt)
     if request.verb == "register" and "model_version" in result.facts:
         payload |= {"version": result.facts["model_version"], "model": plan.config.inputs["candidate"][0].path}
     planner.ledger.record(request.project, "run", plan.config.folder, "done", request.actor, payload)
@@ -196,12 +209,12 @@ def _decided(planner: Planner, request: Request, key: str, payload: dict[str, An
             book.record(request.project, "decision", again, "done", request.actor, payload)
 
 
-def _payload(verb: str, key: str, attempt: str, result: Result) -> dict[str, Any]:
+def _payload(verb: str, key: str, folder: str, result: Result, attempt: Attempt) -> dict[str, Any]:
     """Return what the ledger keeps of an attempt."""
     told = {"status", "verdict", "skipped", "seconds", "output", "digest", "metrics", "reasons", "links"}
     payload: dict[str, Any] = json.loads(result.model_dump_json(include=told))
     payload["facts"] = {name: result.facts[name] for name in TOLD_FACTS if name in result.facts}
-    payload |= {"verb": verb, "key": key, "attempt": attempt}
+    payload |= {"verb": verb, "key": key, "folder": folder, "attempt": attempt.model_dump(mode="json")}
     if result.error:
         payload["error"] = result.error.message
     return payload
@@ -214,8 +227,46 @@ def record_skip(planner: Planner, request: Request, why: str) -> Result:
     return result
 
 
+def history(planner: Planner, request: Request) -> list[Attempt]:
+    """Return the earlier attempts of this request in this run, oldest first.
+
+    Those whose orchestrator died before it could record them (also before the run was cleared) are put on record.
+    """
+    for run in (*request.cleared, request.run):
+        folder = attempt_folder(request, run).rpartition("/")[0]
+        for name in sorted((n for n in planner.store.names(folder) if n.isdecimal()), key=int):
+            if int(name) < request.attempt and not planner.ledger.get(
+                request.project, "run", f"{folder}/{name}", "done"
+            ):
+                _record_lost(planner, request, f"{folder}/{name}")
+    prefix = attempt_folder(request).rpartition("/")[0] + "/"
+    return attempts.of(planner.ledger.find(request.project, "run", prefix=prefix))
+
+
+def _record_lost(planner: Planner, request: Request, folder: str) -> None:
+    """Record an attempt that nobody saw the end of, from what it has left in its folder."""
+    store = planner.store
+    attempt, progress = attempts.read(store, folder), attempts.progress_of(store, folder)
+    if attempt is None:
+        return  # it had not begun
+    try:
+        result = read_result(
+            store, StepConfig.model_validate_json(store.read(f"{folder}/config.json")), -signal.SIGKILL
+        )
+    except (FileNotFoundError, ValidationError, StepFailed):
+        result = Result(status="bug", error=StepError(kind="StepVanished", message="it left no result"))
+    if attempts.cause(result) == "lost" and result.error is not None:
+        result.error.message = f"the worker of attempt {attempt.number} was lost, and its step left no result"
+    ended = attempts.ended(attempt, result, progress, attempts.lost_wall(attempt, result, progress))
+    payload = _payload(request.verb, request.key, folder, result, ended)
+    planner.ledger.record(request.project, "run", folder, "done", request.actor, payload)
+
+
 def record_unstarted(book: Ledger, request: Request, key: str, result: Result) -> None:
     """Record an attempt that ended before any process was started: nothing to do, or refused."""
-    attempt = f"{request.project}/runs/{safe_name(request.run)}/{safe_name(f'{request.task}-{key}')}/{request.attempt}"
-    payload = _payload(request.verb, key, attempt, result)
-    book.record(request.project, "run", f"{attempt}-unstarted", "done", request.actor, payload)
+    folder = f"{request.project}/runs/{safe_name(request.run)}/{safe_name(f'{request.task}-{key}')}/{request.attempt}"
+    attempt = attempts.ended(
+        attempts.begun(request.attempt, request.compute, None, request.queued_s), result, None, 0.0
+    )
+    payload = _payload(request.verb, key, folder, result, attempt)
+    book.record(request.project, "run", f"{folder}-unstarted", "done", request.actor, payload)

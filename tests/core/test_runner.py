@@ -47,7 +47,7 @@ def test_how_a_step_ended_is_raised_and_recorded(house: House, mode: str, kind: 
     assert e.value.hint.endswith("to repeat it: orrery reproduce delays delays/runs/run-1/probe-2013-01/1")  # type: ignore[attr-defined]
     (entry,) = book().find("delays", "run")
     assert entry.actor == "eve"
-    assert entry.payload["attempt"] == "delays/runs/run-1/probe-2013-01/1"
+    assert entry.payload["folder"] == "delays/runs/run-1/probe-2013-01/1"
     assert entry.payload["status"] in ("user", "try_again", "bug")
 
 

@@ -152,6 +152,7 @@ def _step(
         "task_id": verb,
         "project": project,
         "verb": verb,
+        "compute": name,
         **_class(name),
         "doc_md": f"`{verb}` in environment `{VERBS[verb].environment}` on compute class `{name}`.",
         **notify.task_callbacks(project, verb),
@@ -162,7 +163,7 @@ def _step(
     if platform.profile() == "kubernetes":
         from orrery.orchestration.pods import PodStepOperator
 
-        return PodStepOperator(compute=name, **common)
+        return PodStepOperator(**common)
     return StepOperator(**common)
 
 

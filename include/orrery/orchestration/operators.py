@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import BaseOperator
 from airflow.sdk.exceptions import AirflowSkipException
 
 from orrery import champions, partitions, platform, requests
+from orrery.attempts import Attempt
 from orrery.contract import STATUS_OF_CODE, VERBS, Result, StepError
 from orrery.errors import OrreryError, RequestError, UserError
 from orrery.ledger import Ledger
@@ -18,7 +20,7 @@ from orrery.local import LocalProcess, relay
 from orrery.log import shown
 from orrery.orchestration import links, params, waiting
 from orrery.plan import Plan, Planner, Request
-from orrery.runner import record_skip, record_unstarted, run
+from orrery.runner import history, record_skip, record_unstarted, run
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -50,9 +52,11 @@ class StepOperator(BaseOperator):
 
     ui_color = "#e8eef7"
 
-    def __init__(self, *, project: str, verb: str, chain: tuple[str, ...] = (), **kwargs: Any) -> None:
+    def __init__(
+        self, *, project: str, verb: str, compute: str = "", chain: tuple[str, ...] = (), **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self.project, self.verb, self.chain = project, verb, chain
+        self.project, self.verb, self.compute, self.chain = project, verb, compute, chain
         self.operator_extra_links = tuple(link() for link in links.BY_VERB.get(verb, ()))
         self._launcher: Any = None
         self._told: list[Told] = []
@@ -127,6 +131,8 @@ class StepOperator(BaseOperator):
                 reason=reason,
                 force=force and (self.verb != "monitor" or group == keys),
                 options=self._options(context),
+                compute=self.compute,
+                cleared=params.cleared_names(dag_run),
             )
             for group in groups
         ]
@@ -148,6 +154,8 @@ class StepOperator(BaseOperator):
         return {"version": registered.get("facts", {}).get("model_version", "none")}
 
     def _one(self, context: Context, planner: Planner, request: Request) -> Result:
+        before = history(planner, request)
+        request = replace(request, queued_s=_waited(context, before))
         told = Told(request)
         self._told.append(told)
         if self.verb == "score" and planner.champion() is None:
@@ -236,6 +244,12 @@ class StepOperator(BaseOperator):
         """Stop the step's process and all it started."""
         if self._launcher is not None:
             self._launcher.stop()
+
+
+def _waited(context: Context, before: Sequence[Attempt]) -> float:
+    """Return the seconds since the attempt before ended, or since Airflow started the task."""
+    since = before[-1].ended if before else context["ti"].start_date
+    return (datetime.now(UTC) - since).total_seconds() if since else 0.0
 
 
 def _sensed(dag_run: Any) -> bool:

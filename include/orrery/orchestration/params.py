@@ -150,6 +150,13 @@ def first_name(dag_run: Any) -> str:
     return safe_name(f"{dag_run.dag_id}--{dag_run.run_id}")
 
 
+def cleared_names(dag_run: Any) -> tuple[str, ...]:
+    """Return the names that the run had before it was cleared, oldest first."""
+    first = f"{dag_run.dag_id}--{dag_run.run_id}"
+    names = (f"{first}--cleared-{i}" if i else first for i in range(dag_run.clear_number or 0))
+    return tuple(safe_name(name) for name in names)
+
+
 def value(kind: Any) -> str:
     """Return the text of one of Airflow's enumerations."""
     return str(getattr(kind, "value", kind))

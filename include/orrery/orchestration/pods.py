@@ -36,7 +36,7 @@ class PodStepOperator(StepOperator, KubernetesPodOperator):
 
         where = platform.load()
         pod = pod_arguments(where, where.compute_class(compute), VERBS[verb].environment, project, verb)
-        super().__init__(project=project, verb=verb, chain=chain, **pod, **kwargs)
+        super().__init__(project=project, verb=verb, compute=compute, chain=chain, **pod, **kwargs)
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Return a small summary of the result, like `StepOperator.execute`."""

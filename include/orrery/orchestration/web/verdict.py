@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orrery import requests
+from orrery.attempts import folder_of
 from orrery.contract import Result
 from orrery.ledger import Entry, Ledger
 from orrery.orchestration import links
@@ -132,7 +133,7 @@ def _step(run: Run, entry: Entry, task: Task | None) -> dict[str, Any]:
     elif p.get("verdict"):
         outcome = str(p["verdict"])
     again = task is not None and task.state in ("running", "up_for_retry", "queued", "scheduled", "restarting")
-    attempts = [s for s in str(p.get("attempt", "")).rsplit("/", 1)[-1:] if s.isdecimal()]
+    attempts = [s for s in folder_of(p).rsplit("/", 1)[-1:] if s.isdecimal()]
     return {
         "verb": str(p.get("verb", "")),
         "key": str(p.get("key", "")),
