@@ -6,7 +6,9 @@ model.py's `build` (torch) is trained here, on 1..N processes; its `fit` (any li
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from orrery.training.user_model import UserModel
 
 if TYPE_CHECKING:
     from orrery.registry.client import Run
+    from orrery.training.trainer import Watch
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ def run(work: Work, params: TrainParams) -> Result:
 
 def _train(work: Work, params: TrainParams, tracked: Run | None) -> Result:
     model = user_model.load(work.project_folder, work.config.project)
-    chosen = user_model.values(model, params.overrides)
+    chosen = user_model.values(model, {**_tuned(work, model), **params.overrides})
     parts = split(dataset.read(work), work.spec.split, work.spec.task)
     schema = infer(parts.fit, work.spec.task, classes(parts.fit, work.spec.task))
     if not schema.columns:
@@ -69,28 +72,57 @@ def _train(work: Work, params: TrainParams, tracked: Run | None) -> Result:
     return _result(work, params, parts, schema, model, trained)
 
 
+def _tuned(work: Work, model: UserModel) -> dict[str, Any]:
+    """Return the parameters that the newest search has found, as far as model.py still has them."""
+    found: dict[str, Any] = {}
+    for manifest in work.inputs("tuned"):
+        found = json.loads(work.open_input(manifest, "params.json").read_bytes())
+        work.log.info("parameters by the search on", window=manifest.key, **found)
+    for name in sorted(found.keys() - model.params.model_fields.keys()):
+        work.log.warning(f"the search found {name}={found.pop(name)!r}, but model.py's Params has no {name} any more")
+    return found
+
+
 def _with_torch(
     work: Work, params: TrainParams, chosen: BaseModel, fit: Dataset, tune: Dataset, tracked: Run | None
 ) -> Trained:
-    """Fit `build`'s module with torchrun's workers; they write model.onnx and weights.safetensors."""
+    """Fit `build`'s module; its workers write model.onnx and weights.safetensors."""
+    files = work.path("model.onnx"), work.path("weights.safetensors")
+    numbers, report = with_workers(work, params, chosen, fit, tune, tracked, *files)
+    history, best = report["history"], report["best_epoch"]
+    metrics = {**history[best - 1], "epochs": float(len(history))}
+    facts = {"weights_digest": report["weights_digest"], "best_epoch": best, "head": report["head"]}
+    return Trained({**numbers, **chosen.model_dump(mode="json")}, history, metrics, facts)
+
+
+def with_workers(
+    work: Work,
+    params: TrainParams,
+    chosen: BaseModel,
+    fit: Dataset,
+    tune: Dataset,
+    tracked: Run | None,
+    onnx: Path,
+    weights: Path,
+    watch: Watch | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fit `build`'s module with torchrun's workers, which write the two files; return the loop's numbers, and a report.
+
+    What the watch has stopped has no files, and a report with `stopped`. A trial of a search trains through here, too.
+    """
     from orrery.training import launch, worker
 
     numbers = settings.from_params(chosen, params.processes)
     if fit.rows < params.processes:
         raise DataError(f"{fit.rows} rows to fit on, for {params.processes} processes", hint="see train.processes")
-    values = chosen.model_dump(mode="json")
     job = worker.Job(
-        project_folder=work.project_folder, project=work.config.project, schema=fit.schema, params=values,
-        settings=numbers, seed=params.seed, arrays=work.scratch / "arrays",
-        onnx=work.path("model.onnx"), weights=work.path("weights.safetensors"), tracked=tracked,
+        project_folder=work.project_folder, project=work.config.project, schema=fit.schema,
+        params=chosen.model_dump(mode="json"), settings=numbers, seed=params.seed, arrays=work.scratch / "arrays",
+        onnx=onnx, weights=weights, tracked=tracked, watch=watch,
     )  # fmt: skip
     worker.save(job, "fit", fit)
     worker.save(job, "tune", tune)
-    report = launch.run(job, params.processes, work.scratch)
-    history, best = report["history"], report["best_epoch"]
-    metrics = {**history[best - 1], "epochs": float(len(history))}
-    facts = {"weights_digest": report["weights_digest"], "best_epoch": best, "head": report["head"]}
-    return Trained({**asdict(numbers), **values}, history, metrics, facts)
+    return asdict(numbers), launch.run(job, params.processes, work.scratch)
 
 
 def _with_library(work: Work, model: UserModel, chosen: BaseModel, fit: Dataset, tune: Dataset) -> Trained:
