@@ -21,6 +21,7 @@ from orrery.errors import RequestError, nearest
 from orrery.ledger import Champion, Ledger
 from orrery.spec import ModelSpec, Source, load_model
 from orrery.store import Manifest, Ref, Store
+from orrery.tuning import planning
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Request:
     force: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     compute: str = ""  # class of platform.yaml; none: the verb's
+    placed: str = ""  # why it is another class than the spec's
     queued_s: float = 0.0  # how long the attempt has waited to be started
     cleared: tuple[str, ...] = ()  # the run's names before it was cleared, which attempts may have been lost under
 
@@ -108,14 +110,13 @@ class Planner:
         if verb.effect and request.sample != 1:
             raise RequestError(f"{verb.name} cannot be tried on a sample", hint="it acts on the registry: leave it out")
         packed = bundle.pack(self.folder)
+        if verb.name in planning.VERBS:
+            request = planning.within_search(self, request, packed)
         inputs = getattr(self, f"_inputs_{verb.name}", self._no_inputs)(request)
         params = self._params(verb, request, inputs)
         values = params.model_dump(mode="json")
-        print_ = {} if verb.effect else self._fingerprint(verb, request, packed, values, inputs)
-        address = None if verb.effect or verb.observes else fingerprint.digest(print_)[:32]
-        if address and request.force:
-            # A forced run is a new output on purpose: it must not collide with what is committed.
-            address = fingerprint.digest({**print_, "forced": request.run})[:32]
+        print_ = {} if verb.effect else self.fingerprint(verb, request, packed, values, inputs)
+        address = None if verb.effect or verb.observes else address_of(print_, request)
         run = safe_name(request.run)
         config = StepConfig(
             project=request.project,
@@ -162,7 +163,7 @@ class Planner:
         why = "the gate kept the champion" if self.champion() else "the gate refused the candidate"
         return Result(verdict="kept", skipped=why, reasons=list(verdict.result["reasons"]))
 
-    def _fingerprint(
+    def fingerprint(
         self,
         verb: Verb,
         request: Request,
@@ -170,6 +171,7 @@ class Planner:
         values: dict[str, Any],
         inputs: dict[str, tuple[Ref, ...]],
     ) -> dict[str, str]:
+        """Return what a step's output depends on, part by part."""
         config = {k: v for k, v in values.items() if k not in verb.hints}
         config |= {"key": request.key, "partitions": list(request.partitions), "sample": request.sample}
         # The project's name is no part: a copied project has the same outputs. The store keeps them apart.
@@ -245,7 +247,19 @@ class Planner:
         return found
 
     def _inputs_train(self, request: Request) -> dict[str, tuple[Ref, ...]]:
-        return {"features": tuple(self._fresh_features(key) for key in request.partitions)}
+        inputs = {"features": self.features_of(request)}
+        tuned = planning.newest_tuned(self, request)
+        return inputs if tuned is None else {**inputs, "tuned": (tuned.ref,)}
+
+    def _inputs_trial(self, request: Request) -> dict[str, tuple[Ref, ...]]:
+        return planning.trial_inputs(self, request, self.features_of(request))
+
+    def _inputs_tune(self, request: Request) -> dict[str, tuple[Ref, ...]]:
+        return planning.tune_inputs(self, request, self.features_of(request))
+
+    def features_of(self, request: Request) -> tuple[Ref, ...]:
+        """Return the features of a request's partitions. Raises `RequestError` when one is missing or stale."""
+        return tuple(self._fresh_features(key) for key in request.partitions)
 
     def _fresh_features(self, key: str) -> Ref:
         """Return a partition's features. Raises `RequestError` when they, or what they were made from, are stale."""
@@ -266,6 +280,14 @@ class Planner:
         if champion is not None:
             inputs["champion"] = (self._model_of(champion).ref,)
         return inputs
+
+    def latest(self, dataset: str, key: str, maker: str) -> Manifest:
+        """Return what counts as a dataset's `key`. Raises `RequestError` that names what there is, and the step."""
+        return self._latest(dataset, key, maker)
+
+    def model_of(self, champion: Champion) -> Manifest:
+        """Return the training of a champion. Raises `RequestError` when it is gone."""
+        return self._model_of(champion)
 
     def _model_of(self, champion: Champion) -> Manifest:
         model = self.store.manifest(champion.model)
@@ -452,7 +474,7 @@ class Planner:
 
     def _secrets(self, verb: Verb) -> dict[str, str]:
         """Return the environment variables a step needs beyond its config; addresses may hold credentials."""
-        if verb.name in ("train", "register", "promote", "rollback"):
+        if verb.name in ("train", "trial", "tune", "register", "promote", "rollback"):
             return {"MLFLOW_TRACKING_URI": self.platform.mlflow}
         return {}
 
@@ -461,6 +483,15 @@ def attempt_folder(request: Request, run: str | None = None) -> str:
     """Return the folder in the store of a request's attempt (`run`: as it was called under another name of the run)."""
     slot = safe_name(f"{request.task}-{request.key}")
     return f"{request.project}/runs/{safe_name(run or request.run)}/{slot}/{request.attempt}"
+
+
+def address_of(fingerprint_: Mapping[str, str], request: Request) -> str:
+    """Return where an output with this fingerprint is committed.
+
+    A forced run is a new output on purpose: it must not collide with what is committed.
+    """
+    forced = {"forced": request.run} if request.force else {}
+    return fingerprint.digest({**fingerprint_, **forced})[:32]
 
 
 def safe_name(text: str) -> str:
