@@ -12,11 +12,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints, field_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from orrery import yamlfile
 from orrery.errors import SpecError, UserError, nearest
-from orrery.spec import NAME, ComputeName, Frozen, Name
+from orrery.spec import NAME, ComputeName, Duration, Frozen, Name, seconds
 from orrery.uri import absolute, has_secret
 
 Quantity = Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?(m|Ki|Mi|Gi|Ti)?$")]
@@ -39,6 +39,35 @@ def pinned(image: str) -> str:
     return image
 
 
+class SageMaker(Frozen):
+    """A training job of Amazon SageMaker instead of a pod. With `spot` of its class it is a managed spot job."""
+
+    role: Annotated[str, StringConstraints(pattern=r"^arn:aws[a-z-]*:iam::[0-9]{12}:role/[\w+=,.@/-]{1,512}$")] = Field(
+        description="The job's execution role; it reads and writes the store, and pulls the image."
+    )
+    instance_type: Annotated[str, StringConstraints(pattern=r"^ml\.[a-z0-9-]+\.[a-z0-9]+$")]
+    instance_count: Literal[1] = Field(1, description="One machine: a step's processes do not span several yet.")
+    volume_gb: int = Field(30, ge=1, le=16384, description="Disk of the machine.")
+    max_run: Duration = Field("24h", description="What all of the job's running may take, interruptions left out.")
+    max_wait: Duration | None = Field(
+        None, description="Spot: from the start to the end, waiting for machines included; none: twice `max_run`."
+    )
+    region: Annotated[str, StringConstraints(pattern=r"^[a-z]{2}(-[a-z]+)+-[0-9]$")] | None = Field(
+        None, description="None: that of Airflow's AWS environment."
+    )
+    subnets: tuple[str, ...] = Field((), max_length=16)
+    security_groups: tuple[str, ...] = Field((), max_length=5)
+    poll: Duration = Field("30s", description="How often the triggerer asks how the job is.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SageMaker:
+        if self.max_wait is not None and seconds(self.max_wait) < seconds(self.max_run):
+            raise ValueError(f"`max_wait` {self.max_wait} is below `max_run` {self.max_run}: it includes the running")
+        if bool(self.subnets) != bool(self.security_groups):
+            raise ValueError("`subnets` and `security_groups` come together: a VPC needs both")
+        return self
+
+
 class Compute(Frozen):
     """One compute class: what a step's pod asks for, and what it costs."""
 
@@ -56,6 +85,7 @@ class Compute(Frozen):
     )
     pool: Name | Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,62}$")] = "orrery-light"
     timeout: Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]*(s|m|h)$")] = "2h"
+    sagemaker: SageMaker | None = Field(None, description="Train as a SageMaker job, whatever the profile is.")
 
     @field_validator("image")
     @classmethod
