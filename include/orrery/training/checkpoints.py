@@ -124,7 +124,7 @@ class Checkpoints:
         for file in saved.files:
             if not file.path.startswith(f"{saved.name}/") and not self.store.exists(self.path(file.path)):
                 raise OrreryError(f"{file.path}, which checkpoint {saved.name} refers to, is gone")
-        data = json.dumps(saved.model_dump(mode="json"), indent=1).encode()
+        data = json.dumps(saved.model_dump(), indent=1).encode()
         if not self.store.put_if_absent(self.path(f"{saved.name}.json"), data):
             raise OrreryError(f"checkpoint {saved.name} is there already")
 

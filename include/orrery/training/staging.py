@@ -1,0 +1,118 @@
+"""What a checkpoint is made of: the leaves of a nested dict, and copies of its tensors that training cannot change."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+Path: TypeAlias = tuple[str | int | tuple[int], ...]  # keys of dicts, and (i,) for the i-th of a list
+
+
+def name(path: Path) -> str:
+    """Return a leaf's name: its path with slashes, `optimizer/state/0/exp_avg`."""
+    return "/".join(str(part[0] if isinstance(part, tuple) else part) for part in path)
+
+
+def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Yield path and value of every leaf: a tensor, or what JSON can hold. Lists of plain values are leaves."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from leaves(value, (*path, key))
+    elif isinstance(tree, list) and any(isinstance(value, dict | list | Tensor) for value in tree):
+        for i, value in enumerate(tree):
+            yield from leaves(value, (*path, (i,)))
+    else:
+        yield path, tree
+
+
+def tensors_and_values(tree: dict[str, Any]) -> tuple[dict[Path, Tensor], dict[Path, Any]]:
+    """Return the tensors and the other leaves, each by path."""
+    found = dict(leaves(tree))
+    tensors = {path: value for path, value in found.items() if isinstance(value, Tensor)}
+    return tensors, {path: value for path, value in found.items() if path not in tensors}
+
+
+def from_json(parts: list[Any]) -> Path:
+    """Return a path that JSON has made a list of."""
+    return tuple((part[0],) if isinstance(part, list) else part for part in parts)
+
+
+def put(tree: Any, path: Path, value: Any) -> None:
+    """Set a leaf, making the dicts and lists above it where there are none. A tuple stays one (JSON has only lists)."""
+    for part, following in itertools.pairwise(path):
+        default: Any = [] if isinstance(following, tuple) else {}
+        if not isinstance(part, tuple):
+            tree = tree.setdefault(part, default)
+        else:
+            while len(tree) <= part[0]:
+                tree.append(type(default)())
+            tree = tree[part[0]]
+    last = path[-1]
+    if isinstance(last, tuple):
+        tree += [None] * (last[0] + 1 - len(tree))
+        tree[last[0]] = value
+    else:
+        tree[last] = tuple(value) if isinstance(tree.get(last), tuple) else value
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor, without its history."""
+    own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return own.detach()
+
+
+def signature(tensors: dict[Path, Tensor], values: dict[Path, Any]) -> str:
+    """Return a digest of names, types and shapes: what all processes have to agree on."""
+    rows = [f"{name(p)} {t.dtype} {tuple(t.shape)}" for p, t in tensors.items()] + [name(p) for p in values]
+    return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()
+
+
+def share(tensors: dict[Path, Tensor], rank: int, world: int) -> list[Path]:
+    """Return what process `rank` of `world` writes: its part of every sharded tensor, and some of the whole ones.
+
+    Whole tensors are the same everywhere, so each is copied and written by one process; the bytes come out even.
+    """
+    mine, load = [], [0] * world
+    for path, tensor in sorted(tensors.items(), key=lambda item: (-item[1].nbytes, name(item[0]))):
+        if isinstance(tensor, DTensor):
+            mine.append(path)
+            continue
+        owner = min(range(world), key=load.__getitem__)
+        load[owner] += tensor.nbytes
+        if owner == rank:
+            mine.append(path)
+    return mine
+
+
+class Staging:
+    """Copies of tensors in host memory, in the same buffers each time: a page that is known costs no fault."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def copy(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Copy this process's part of each tensor; they may change as soon as this returns."""
+        copies: dict[str, Tensor] = {}
+        on_device = False
+        for key, tensor in tensors:
+            source = local(tensor)
+            buffer = self._buffers.get(key)
+            if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:
+                buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+            buffer.copy_(source, non_blocking=True)
+            on_device |= source.is_cuda
+            copies[key] = buffer
+        if on_device:
+            torch.cuda.current_stream().synchronize()
+        self._buffers |= copies
+        return copies
+
+    def forget(self, keep: set[str]) -> None:
+        """Free the buffers of all other tensors."""
+        self._buffers = {key: buffer for key, buffer in self._buffers.items() if key in keep}
