@@ -42,7 +42,7 @@ def pinned(image: str) -> str:
 class SageMaker(Frozen):
     """A training job of Amazon SageMaker instead of a pod. With `spot` of its class it is a managed spot job."""
 
-    role: Annotated[str, StringConstraints(pattern=r"^arn:aws[a-z-]*:iam::[0-9]{12}:role/[\w+=,.@/-]{1,512}$")] = Field(
+    role: Annotated[str, StringConstraints(pattern=r"^arn:aws[a-z-]*:iam::[0-9]{12}:role/[A-Za-z0-9_+=,.@/-]{1,512}$")] = Field(
         description="The job's execution role; it reads and writes the store, and pulls the image."
     )
     instance_type: Annotated[str, StringConstraints(pattern=r"^ml\.[a-z0-9-]+\.[a-z0-9]+$")]
