@@ -12,6 +12,7 @@ An input whose list is empty is left out of the graph.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Literal
 
 import numpy as np
@@ -26,6 +27,7 @@ from orrery.errors import DataError
 # A category seen fewer times than this in training has too little behind it: it shares id 0 with the unknown.
 MIN_COUNT = 10
 MAX_CATEGORIES = 5_000
+MAX_VALUES = 1_000_000  # rare ones included: what is counted has to fit into memory
 CHANGED_HINT = "features.py has changed since: give the column its old type or another name, or train again"
 
 
@@ -130,35 +132,68 @@ def feature_names(schema: pa.Schema) -> list[str]:
     return [f.name for f in schema if f.name not in RESERVED and not f.name.startswith("_")]
 
 
-def infer(
-    table: pa.Table, task: Literal["binary", "multiclass", "regression"], classes: tuple[str, ...] = ()
-) -> Schema:
-    """Infer the signature from the rows that a model is fitted on (and from no others).
+class Inference:
+    """A signature in the making, from the rows that a model is fitted on (and from no others), piece by piece.
 
-    A column without any value in the whole window (Arrow's null type) is left out: it has nothing to teach.
+    All pieces have the same column types. A column without any value (Arrow's null type) is left out: it has
+    nothing to teach.
     """
-    numeric, vocabularies, missing = [], {}, []
-    for name in feature_names(table.schema):
-        column = table[name]
-        if is_categorical(column.type):
-            counts = pc.value_counts(column.cast(pa.string()).combine_chunks())
-            pairs = [(str(c["values"]), int(c["counts"])) for c in counts.to_pylist() if c["values"] is not None]
-            kept = sorted(v for v, n in pairs if n >= MIN_COUNT)
+
+    def __init__(self) -> None:
+        self._numeric: dict[str, bool] = {}  # name -> whether it has missing values
+        self._counts: dict[str, Counter[str]] = {}
+
+    def add(self, table: pa.Table) -> None:
+        """Take more rows in. Raises `DataError` for a column that can be no feature."""
+        for name in feature_names(table.schema):
+            column = table[name]
+            if is_categorical(column.type):
+                self._count(name, column)
+            elif is_numeric(column.type):
+                missing = self._numeric.get(name, False)
+                self._numeric[name] = missing or bool(pc.any(pc.is_null(column, nan_is_null=True)).as_py())
+            elif not pa.types.is_null(column.type):
+                raise DataError(
+                    f"feature {name} is {column.type}; features are numbers, booleans or strings",
+                    hint="prefix it with _ to keep it out",
+                )
+
+    @property
+    def numeric(self) -> list[str]:
+        """Names of the numeric columns so far, in the signature's order."""
+        return list(self._numeric)
+
+    def _count(self, name: str, column: pa.ChunkedArray) -> None:
+        counts = self._counts.setdefault(name, Counter())
+        found = pc.value_counts(column.cast(pa.string()).combine_chunks())
+        for value, n in zip(found.field("values").to_pylist(), found.field("counts").to_pylist(), strict=True):
+            if value is not None:
+                counts[value] += n
+        if len(counts) > MAX_VALUES:
+            raise DataError(f"{name} has more than {MAX_VALUES:,} different values: it names rows, it does not "
+                            "describe them", hint="prefix it with _ to keep it out")  # fmt: skip
+
+    def schema(self, task: Literal["binary", "multiclass", "regression"], classes: tuple[str, ...] = ()) -> Schema:
+        """Return the signature. Raises `DataError` for a column with too many categories."""
+        vocabularies = {}
+        for name, counts in self._counts.items():
+            kept = sorted(v for v, n in counts.items() if n >= MIN_COUNT)
             if len(kept) > MAX_CATEGORIES:
                 raise DataError(
                     f"{name} has {len(kept):,} categories; at most {MAX_CATEGORIES:,}",
                     hint="prefix it with _ to keep it out",
                 )
             vocabularies[name] = tuple(kept)
-        elif is_numeric(column.type):
-            numeric.append(name)
-            if np.isnan(to_float(column)).any():
-                missing.append(name)
-        elif not pa.types.is_null(column.type):
-            raise DataError(
-                f"feature {name} is {column.type}; features are numbers, booleans or strings",
-                hint="prefix it with _ to keep it out",
-            )
-    return Schema(
-        task=task, numeric_columns=tuple(numeric), vocabularies=vocabularies, missing=tuple(missing), classes=classes
-    )
+        missing = tuple(name for name, some in self._numeric.items() if some)
+        return Schema(
+            task=task, numeric_columns=tuple(self._numeric), vocabularies=vocabularies, missing=missing, classes=classes
+        )
+
+
+def infer(
+    table: pa.Table, task: Literal["binary", "multiclass", "regression"], classes: tuple[str, ...] = ()
+) -> Schema:
+    """Infer the signature from a table of the rows that a model is fitted on; see `Inference`."""
+    inference = Inference()
+    inference.add(table)
+    return inference.schema(task, classes)

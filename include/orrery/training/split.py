@@ -26,6 +26,28 @@ NEVER = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
+class Bounds:
+    """When tune and holdout begin, in microseconds since 1970."""
+
+    tune: int
+    holdout: int
+
+    def masks(self, labelled: pa.Table) -> dict[str, npt.NDArray[np.bool_]]:
+        """Return which rows are in which part; those in none are purged."""
+        when, known = micros(labelled, PREDICTION_TIME), micros(labelled, LABEL_TIME)
+        return {
+            "fit": (when < self.tune) & (known <= self.tune),
+            "tune": (when >= self.tune) & (when < self.holdout) & (known <= self.holdout),
+            "holdout": when >= self.holdout,
+        }
+
+    @property
+    def text(self) -> dict[str, str]:
+        """What `split.json` holds."""
+        return {"tune_start": _moment(self.tune).isoformat(), "holdout_start": _moment(self.holdout).isoformat()}
+
+
+@dataclass(frozen=True)
 class Parts:
     """The three parts, when each begins, and how many rows are in none."""
 
@@ -53,23 +75,17 @@ def split(table: pa.Table, shares: Split, task: Task) -> Parts:
     """Split a window's features. Raises `DataError` when a part is empty or lacks a class."""
     labelled = table.filter(is_known(table[LABEL]))
     if labelled.num_rows == 0:
-        raise DataError(f"none of the window's {table.num_rows:,} rows has a label", hint="wait until labels are known")
-    when, known = _micros(labelled, PREDICTION_TIME), _micros(labelled, LABEL_TIME)
-    tune_start, holdout_start = starts(when, shares)
-    fit = (when < tune_start) & (known <= tune_start)
-    tune = (when >= tune_start) & (when < holdout_start) & (known <= holdout_start)
-    holdout = when >= holdout_start
+        raise unlabelled(table.num_rows)
+    bounds = Bounds(*starts(micros(labelled, PREDICTION_TIME), shares))
+    tables = {name: labelled.filter(pa.array(mask)) for name, mask in bounds.masks(labelled).items()}
     parts = Parts(
-        fit=labelled.filter(pa.array(fit)),
-        tune=labelled.filter(pa.array(tune)),
-        holdout=labelled.filter(pa.array(holdout)),
-        tune_start=_moment(tune_start),
-        holdout_start=_moment(holdout_start),
+        **tables,
+        tune_start=_moment(bounds.tune),
+        holdout_start=_moment(bounds.holdout),
         unlabelled=table.num_rows - labelled.num_rows,
-        purged=int(labelled.num_rows - fit.sum() - tune.sum() - holdout.sum()),
+        purged=labelled.num_rows - sum(t.num_rows for t in tables.values()),
     )
-    _refuse_empty(parts)
-    _refuse_lacking(parts, task)
+    refuse(parts.counts, parts.bounds, {name: classes_of(t) for name, t in tables.items()}, task)
     return parts
 
 
@@ -84,7 +100,7 @@ def starts(when: npt.NDArray[np.int64], shares: Split) -> tuple[int, int]:
     return int(ordered[at_tune]), int(ordered[at_holdout])
 
 
-def _micros(table: pa.Table, name: str) -> npt.NDArray[np.int64]:
+def micros(table: pa.Table, name: str) -> npt.NDArray[np.int64]:
     """Return a time column in microseconds since 1970; an unknown label time is after everything."""
     column = table[name]
     if name == PREDICTION_TIME and column.null_count:
@@ -97,33 +113,34 @@ def _moment(micros: int) -> datetime:
     return EPOCH + timedelta(microseconds=micros)
 
 
-def _refuse_empty(parts: Parts) -> None:
-    for name, rows in (("fit", parts.fit), ("tune", parts.tune), ("holdout", parts.holdout)):
-        if rows.num_rows == 0:
-            counts = ", ".join(f"{k} {v:,}" for k, v in parts.counts.items())
+def unlabelled(rows: int) -> DataError:
+    """Return the error for a window of which no row has a label."""
+    return DataError(f"none of the window's {rows:,} rows has a label", hint="wait until labels are known")
+
+
+def classes_of(part: pa.Table) -> set[str]:
+    """Return a part's labels as text."""
+    return {str(v) for v in pc.unique(part[LABEL]).to_pylist()}
+
+
+def refuse(counts: dict[str, int], bounds: dict[str, str], found: dict[str, set[str]], task: Task) -> None:
+    """Raise `DataError` when a part is empty, or lacks a class that the window has. `found`: each part's classes."""
+    for name in ("fit", "tune", "holdout"):
+        if counts[name] == 0:
+            shown = ", ".join(f"{k} {v:,}" for k, v in counts.items())
             raise DataError(
-                f"the {name} part has no rows ({counts}; tune from {parts.bounds['tune_start']}, "
-                f"holdout from {parts.bounds['holdout_start']})",
+                f"the {name} part has no rows ({shown}; tune from {bounds['tune_start']}, "
+                f"holdout from {bounds['holdout_start']})",
                 hint="a longer window, or other shares under `split` in spec.yaml; label_time decides what is purged",
             )
-
-
-def _refuse_lacking(parts: Parts, task: Task) -> None:
-    """Refuse parts in which a class is missing that the window has."""
     if task == "regression":
         return
-    everywhere = ("fit", "tune", "holdout") if task == "binary" else ("fit",)
-    found = {name: _classes(getattr(parts, name)) for name in ("fit", "tune", "holdout")}
     window = set().union(*found.values())
     if len(window) < 2:
         raise DataError(f"every label of the window is {', '.join(window)}: there is nothing to learn")
-    for name in everywhere:
+    for name in ("fit", "tune", "holdout") if task == "binary" else ("fit",):
         if missing := sorted(window - found[name]):
             raise DataError(
                 f"the {name} part has no row labelled {', '.join(missing)}",
                 hint="take a longer window or other shares under `split` in spec.yaml",
             )
-
-
-def _classes(table: pa.Table) -> set[str]:
-    return {str(v) for v in pc.unique(table[LABEL]).to_pylist()}

@@ -29,7 +29,7 @@ from orrery.training.place import Place
 from orrery.training.shards import Shards, cut, join, row_bytes
 
 T = TypeVar("T")
-WINDOW_BYTES = 128 << 20  # of all lanes together: rows are shuffled as widely whatever their number
+WINDOW_BYTES = 64 << 20  # of all lanes together: rows are shuffled as widely whatever their number
 
 
 class Streamed:
