@@ -35,6 +35,7 @@ class Attempt(BaseModel):
         description="Why it ended without a result that counts. `lost`: its worker or its process vanished.",
     )
     compute: str = Field("", description="Compute class of platform.yaml.")
+    placed: str = Field("", description="Why it ran on another class than the spec's.")
     spot: bool = False
     price_per_hour: float = 0.0
     started: str = Field(description="When the orchestrator began with it, ISO 8601 in UTC.")
@@ -61,11 +62,12 @@ class Attempt(BaseModel):
         return "losses" if self.cause == "lost" else "code"
 
 
-def begun(number: int, name: str, compute: Compute | None, queued_s: float = 0.0) -> Attempt:
+def begun(number: int, name: str, compute: Compute | None, queued_s: float = 0.0, placed: str = "") -> Attempt:
     """Return an attempt that begins now, on the compute class `name`."""
     return Attempt(
         number=number,
         compute=name,
+        placed=placed,
         spot=compute.spot if compute else False,
         price_per_hour=compute.price_per_hour if compute else 0.0,
         started=datetime.now(UTC).isoformat(timespec="milliseconds"),

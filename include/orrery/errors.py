@@ -4,7 +4,8 @@ OrreryError                 1    a bug of ours, or one in a model's own code
 ├── UserError              64    someone must act: never retried
 │   ├── SpecError                spec.yaml, platform.yaml or airflow_settings.yaml is wrong
 │   ├── RequestError             a run was asked for something that cannot be
-│   └── DataError                the data fail a check
+│   ├── DataError                the data fail a check
+│   └── BudgetSpent              it was tried as often as it may be
 ├── TryAgain               75    the network, a quota, a server that is down: worth another attempt
 │   └── LeaseHeld                another attempt is writing the same output
 └── Interrupted           143    told to stop (SIGTERM)
@@ -50,6 +51,10 @@ class RequestError(UserError):
 
 class DataError(UserError):
     """The data fail a check of severity `error`."""
+
+
+class BudgetSpent(UserError):
+    """A step has failed, been interrupted or been lost as often as it may."""
 
 
 class TryAgain(OrreryError):

@@ -26,6 +26,8 @@ from orrery.errors import RequestError, TryAgain, UserError
 
 Kind = Literal["run", "decision", "promotion", "rollback", "request", "approval", "alert"]
 Phase = Literal["intent", "done"]
+# So much of a key stands in the ledger as it is, however long it is.
+KEPT = 185
 
 metadata = sa.MetaData()
 entries = sa.Table(
@@ -269,4 +271,4 @@ def _is_day(text: str) -> bool:
 
 def _short(key: str) -> str:
     """Return a key that fits its column; a long one keeps a digest, so that two never become one."""
-    return key if len(key) <= 250 else f"{key[:185]}-{hashlib.sha256(key.encode()).hexdigest()}"
+    return key if len(key) <= 250 else f"{key[:KEPT]}-{hashlib.sha256(key.encode()).hexdigest()}"

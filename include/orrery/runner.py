@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any, Protocol
 
 from pydantic import ValidationError
@@ -18,7 +19,7 @@ from orrery.attempts import Attempt
 from orrery.contract import Result, StepConfig, StepError
 from orrery.errors import Interrupted, OrreryError, TryAgain, UserError
 from orrery.lease import Lease
-from orrery.ledger import Entry, Kind, Ledger, unfinished
+from orrery.ledger import KEPT, Entry, Kind, Ledger, unfinished
 from orrery.plan import Plan, Planner, Request, attempt_folder, safe_name
 from orrery.store import Store
 
@@ -38,6 +39,10 @@ class StepFailed(OrreryError):
 
 class StepVanished(StepFailed):
     """A step's process ended without a result: killed from outside, out of memory, or a crash in native code."""
+
+
+class GoesOn(BaseException):
+    """The step works on elsewhere, without this process. No error: whoever hears of its end calls `conclude`."""
 
 
 class Launcher(Protocol):
@@ -81,20 +86,50 @@ def _carry(planner: Planner, request: Request, launch: Launcher, started: Callab
     prepare(plan, planner.store)
     if started:
         started(plan)
-    code = launch(plan)
+    try:
+        code = launch(plan)
+    except (OrreryError, GoesOn):
+        raise  # it was not even started, or has not ended
+    except BaseException as e:  # a timeout, or a key pressed
+        stopped = _stopped(e)
+        _record(planner, request, plan, stopped, _ended(planner, plan, attempt, stopped, clock))
+        raise
     result = read_result(planner.store, plan.config, code)
     if intent is not None and result.status == "done":
         _complete(planner, intent)
-    progress = attempts.progress_of(planner.store, plan.config.folder)
-    attempt = attempts.ended(attempt, result, progress, time.monotonic() - clock, plan.told)
-    _record(planner, request, plan, result, attempt)
+    _record(planner, request, plan, result, _ended(planner, plan, attempt, result, clock))
+    raise_for(plan, result)
+    return result
+
+
+def conclude(planner: Planner, request: Request, plan: Plan, result: Result, ran: str) -> Result:
+    """Record the end of an attempt whose launcher raised `GoesOn`; `ran` is the folder that the step worked in.
+
+    Raises the error that the result tells.
+    """
+    attempt = attempts.read(planner.store, plan.config.folder) or _begun(planner, request)
+    wall_s = time.time() - datetime.fromisoformat(attempt.started).timestamp()
+    progress = attempts.progress_of(planner.store, ran)
+    _record(planner, request, plan, result, attempts.ended(attempt, result, progress, wall_s, plan.told))
     raise_for(plan, result)
     return result
 
 
 def _begun(planner: Planner, request: Request) -> Attempt:
     name = planner.compute_of(request)
-    return attempts.begun(request.attempt, name, planner.platform.compute.get(name), request.queued_s)
+    compute = planner.platform.compute.get(name)
+    return attempts.begun(request.attempt, name, compute, request.queued_s, request.placed)
+
+
+def _ended(planner: Planner, plan: Plan, attempt: Attempt, result: Result, clock: float) -> Attempt:
+    progress = attempts.progress_of(planner.store, plan.config.folder)
+    return attempts.ended(attempt, result, progress, time.monotonic() - clock, plan.told)
+
+
+def _stopped(error: BaseException) -> Result:
+    """Return how an attempt ended whose launcher was torn off: by its timeout, or from the keyboard."""
+    told = StepError(kind=type(error).__name__, message=f"stopped: {type(error).__name__} {error}".rstrip())
+    return Result(status="interrupted" if isinstance(error, KeyboardInterrupt) else "bug", error=told)
 
 
 def read_result(store: Store, config: StepConfig, code: int) -> Result:
@@ -239,8 +274,15 @@ def history(planner: Planner, request: Request) -> list[Attempt]:
                 request.project, "run", f"{folder}/{name}", "done"
             ):
                 _record_lost(planner, request, f"{folder}/{name}")
-    prefix = attempt_folder(request).rpartition("/")[0] + "/"
-    return attempts.of(planner.ledger.find(request.project, "run", prefix=prefix))
+    return recorded(planner.ledger, request.project, request.run, request.task, request.key)
+
+
+def recorded(ledger: Ledger, project: str, run: str, task: str, key: str | None = None) -> list[Attempt]:
+    """Return the attempts of a run's task on record, oldest first (`key`: on that partition or window alone)."""
+    slots = f"{project}/runs/{safe_name(run)}/"
+    mine = slots + (f"{safe_name(f'{task}-{key}')}/" if key is not None else f"{task}-")
+    found = ledger.find(project, "run", prefix=mine[:KEPT])  # a longer key is kept shortened
+    return attempts.of(e for e in found if attempts.folder_of(e.payload).startswith(mine))
 
 
 def _record_lost(planner: Planner, request: Request, folder: str) -> None:

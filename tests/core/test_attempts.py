@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +88,25 @@ def test_a_loss_on_an_interruptible_machine_is_an_interruption_if_the_work_went_
     assert lost.model_copy(update={"spot": False}).spent == "losses"
 
 
-def killed(plan: Plan) -> int:
-    """Like a worker that is killed while its step runs: nobody records anything."""
-    raise KeyboardInterrupt
+def lose(house: House, launch: Callable[[Plan], None] = lambda plan: None) -> None:
+    """Carry an attempt in a worker that is killed once the step has done what it does: nobody records anything."""
+    worker = os.fork()
+    if worker == 0:
+
+        def killed(plan: Plan) -> int:
+            launch(plan)
+            os.kill(os.getpid(), signal.SIGKILL)
+            return 0
+
+        try:
+            go(house, killed)
+        finally:
+            os._exit(1)
+    assert ended(worker) == -signal.SIGKILL
 
 
 def test_an_attempt_whose_worker_was_lost_is_recorded_by_the_next_once(house: House) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        go(house, killed)
+    lose(house)
     folder = "delays/runs/run-1/probe-2013-01/1"
     came = progressed(house, folder, step=40, committed=30)
     assert book().find("delays", "run") == []
@@ -111,36 +123,43 @@ def _seconds(moment: str) -> float:
     return Attempt(started=moment).ended.timestamp()
 
 
+@pytest.mark.parametrize(("torn", "cause"), [(KeyboardInterrupt(), "interrupted"), (TimeoutError("after 2 h"), "bug")])
+def test_a_launcher_that_is_torn_off_is_recorded_at_once(house: House, torn: BaseException, cause: str) -> None:
+    """A timeout must use up the budget of bugs: as an interruption it could come twenty times."""
+
+    def launch(plan: Plan) -> int:
+        raise torn
+
+    with pytest.raises(type(torn)):
+        go(house, launch)
+    assert told()["cause"] == cause
+
+
 def test_a_lost_attempt_whose_step_still_told_its_end_is_believed(house: House) -> None:
     """The worker was killed while the step saved; the step ended in order after that."""
 
-    def stops(plan: Plan) -> int:
+    def stops(plan: Plan) -> None:
         result = {"status": "interrupted", "seconds": {"total": 12.5}}
         result["error"] = {"kind": "Interrupted", "message": "x", "details": {"step": 9, "resumed": 2, "committed": 9}}
         house.store.put(f"{plan.config.folder}/result.json", json.dumps(result).encode())
-        raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        go(house, stops)
+    lose(house, stops)
     (lost,) = runner.history(house.planner(), house.request(attempt=2))
     assert (lost.cause, lost.resumed, lost.committed, lost.wall_s) == ("interrupted", 2, 9, 12.5)
 
 
 def test_a_lost_attempt_that_had_committed_was_done(house: House) -> None:
-    def commits(plan: Plan) -> int:
+    def commits(plan: Plan) -> None:
         assert ended(house.fork(plan.config)) == 0
         Path(house.store.full(f"{plan.config.folder}/result.json")).unlink()
-        raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        go(house, commits)
+    lose(house, commits)
     (lost,) = runner.history(house.planner(), house.request(attempt=2))
     assert lost.cause is None and lost.spent is None
 
 
 def test_attempts_lost_before_a_clear_are_recorded_and_are_no_history_of_the_cleared_run(house: House) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        go(house, killed)
+    lose(house)
     again = dataclasses.replace(house.request(run="run-1--cleared-1", attempt=2), cleared=("run-1",))
     assert runner.history(house.planner(), again) == []
     assert told()["cause"] == "lost"

@@ -198,12 +198,14 @@ def test_the_last_partition_itself_is_still_scheduled(grain: str, monkeypatch: p
 
 
 def test_every_task_has_owner_pool_timeout_and_retry_policy(bag) -> None:
-    from orrery import platform
+    from orrery import budgets, platform
+    from orrery.orchestration.operators import StepOperator
     from orrery.orchestration.retry import RETRIES
     from orrery.spec import load_model
 
     for dag in bag.dags.values():
-        owner = load_model(platform.project_folder(dag.dag_id.partition(".")[0])).owner
+        spec = load_model(platform.project_folder(dag.dag_id.partition(".")[0]))
+        owner = spec.owner
         assert dag.doc_md and dag.doc_md.startswith("**If red at**")
         assert {"orrery", dag.dag_id.partition(".")[0], f"owner:{owner}"} <= set(dag.tags)
         assert dag.description
@@ -211,7 +213,8 @@ def test_every_task_has_owner_pool_timeout_and_retry_policy(bag) -> None:
             assert task.owner == owner
             assert task.pool.startswith("orrery-")
             assert task.execution_timeout is not None
-            assert task.retries == RETRIES
+            step = isinstance(task, StepOperator)
+            assert task.retries == (budgets.of(task.verb, spec).retries if step else RETRIES)
             assert task.retry_policy is not None
 
 
@@ -350,11 +353,13 @@ KubernetesPodOperator.execute = lambda self, context: pods.append(self.build_pod
 run = safe_name("flight_delay.train--manual__2026-11-24T13:20:35.123456+00:00_with_a_long_tail")
 config = Some(store="s3://b", folder="p/runs/r/1", run=run, attempt=2)
 launch = task._make_launcher({}, Planner("flight_delay"))
-assert launch(Some(config=config, environment={"MLFLOW_TRACKING_URI": "http://mlflow"})) == 0
+from orrery.contract import VERBS
+for compute in ("cpu-small", "cpu-large"):
+    plan = Some(config=config, environment={"MLFLOW_TRACKING_URI": "http://mlflow"}, verb=VERBS["train"], compute=compute)
+    assert launch(plan) == 0
 assert not task.durable and not task.deferrable
-pod = pods[0]
 from kubernetes.client import ApiClient
-print(json.dumps(ApiClient().sanitize_for_serialization(pod)))
+print(json.dumps(ApiClient().sanitize_for_serialization(pods)))
 """
 
 
@@ -379,7 +384,7 @@ def test_the_kubernetes_profile_renders_pods_from_the_compute_class(tmp_path: Pa
         [sys.executable, "-W", "ignore", "-c", RENDER, str(ROOT / "dags")], env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    pod = json.loads(done.stdout.splitlines()[-1])
+    pod, fallback = json.loads(done.stdout.splitlines()[-1])
     container = pod["spec"]["containers"][0]
     assert container["image"] == "orrery/ml:0.1.0"
     assert container["command"] == ["orrery"]
@@ -402,3 +407,9 @@ def test_the_kubernetes_profile_renders_pods_from_the_compute_class(tmp_path: Pa
     assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
     assert pod["spec"].get("automountServiceAccountToken") is False
     assert len(pod["spec"]["containers"]) == 1  # no XCom sidecar
+    # An attempt that is placed elsewhere has nothing of the class before.
+    assert fallback["spec"]["containers"][0]["resources"] == {
+        "requests": {"cpu": "8", "memory": "32Gi"},
+        "limits": {"memory": "32Gi"},
+    }
+    assert not fallback["spec"].get("nodeSelector") and not fallback["spec"].get("tolerations")

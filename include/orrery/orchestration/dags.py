@@ -8,7 +8,8 @@ from typing import Any
 
 from airflow.sdk import DAG, BaseOperator, TaskGroup
 
-from orrery import platform
+from orrery import budgets, platform
+from orrery.budgets import Budgets
 from orrery.contract import VERBS
 from orrery.orchestration import notify, params, retry, timetables
 from orrery.orchestration.asking import AskOperator, TakeUpOperator
@@ -65,13 +66,21 @@ def _request(project: str, spec: ModelSpec, doc: str | None) -> DAG:
 def _train(project: str, spec: ModelSpec, doc: str | None) -> DAG:
     dag = _dag(project, "train", spec, doc, timetables.after(project, "request"))
     rest = ("train", "evaluate", "gate", "register", "promote")
+    if spec.train.spot.fallback:
+        _class(spec.train.spot.fallback)  # one that is not there is told now, not on the day it is needed
     with dag:
         first = _light(TakeUpOperator, "request", project)
         with TaskGroup("data", prefix_group_id=False):
             data = _step(project, "materialize", chain=rest)
         with TaskGroup("fit", prefix_group_id=False):
             fit = [
-                _step(project, "train", outlets=[asset(project, "candidate")], compute=spec.train.compute),
+                _step(
+                    project,
+                    "train",
+                    most=budgets.of("train", spec),
+                    outlets=[asset(project, "candidate")],
+                    compute=spec.train.compute,
+                ),
                 _step(project, "evaluate"),
             ]
         with TaskGroup("release", prefix_group_id=False):
@@ -144,16 +153,28 @@ def _dag(
 
 
 def _step(
-    project: str, verb: str, *, compute: str | None = None, pool: str | None = None, **kwargs: Any
+    project: str,
+    verb: str,
+    *,
+    compute: str | None = None,
+    pool: str | None = None,
+    most: Budgets | None = None,
+    **kwargs: Any,
 ) -> StepOperator:
-    """Make the task of one verb: its operator by profile; pool and timeout by its compute class."""
+    """Make the task of one verb: its operator by profile; pool and timeout by its compute class; retries by cause."""
     name = compute or VERBS[verb].compute
+    most = most or Budgets()
     common: dict[str, Any] = {
         "task_id": verb,
         "project": project,
         "verb": verb,
         "compute": name,
         **_class(name),
+        "retries": most.retries,
+        "retry_policy": retry.BudgetPolicy(project, most),
+        # The policy names each wait itself. What is left to Airflow are workers that vanished: always the same wait.
+        "retry_delay": timedelta(seconds=budgets.INTERRUPTED_S),
+        "retry_exponential_backoff": 0,
         "doc_md": f"`{verb}` in environment `{VERBS[verb].environment}` on compute class `{name}`.",
         **notify.task_callbacks(project, verb),
         **kwargs,

@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 from airflow.sdk import BaseOperator
 from airflow.sdk.exceptions import AirflowSkipException
 
-from orrery import champions, partitions, platform, requests
+from orrery import budgets, champions, partitions, platform, requests
 from orrery.attempts import Attempt
 from orrery.contract import STATUS_OF_CODE, VERBS, Result, StepError
-from orrery.errors import OrreryError, RequestError, UserError
+from orrery.errors import BudgetSpent, OrreryError, RequestError, UserError
 from orrery.ledger import Ledger
 from orrery.local import LocalProcess, relay
 from orrery.log import shown
-from orrery.orchestration import links, params, waiting
+from orrery.orchestration import links, params, retry, waiting
+from orrery.placement import placement
 from orrery.plan import Plan, Planner, Request
-from orrery.runner import history, record_skip, record_unstarted, run
+from orrery.runner import history, record_skip, record_unstarted, recorded, run
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -125,7 +126,7 @@ class StepOperator(BaseOperator):
                 verb=self.verb,
                 partitions=group,
                 run=params.run_name(dag_run),
-                task=ti.task_id,
+                task=params.task_name(ti),
                 attempt=ti.try_number,
                 actor=actor,
                 reason=reason,
@@ -154,8 +155,7 @@ class StepOperator(BaseOperator):
         return {"version": registered.get("facts", {}).get("model_version", "none")}
 
     def _one(self, context: Context, planner: Planner, request: Request) -> Result:
-        before = history(planner, request)
-        request = replace(request, queued_s=_waited(context, before))
+        request = self._next_attempt(context, planner, request)
         told = Told(request)
         self._told.append(told)
         if self.verb == "score" and planner.champion() is None:
@@ -174,6 +174,30 @@ class StepOperator(BaseOperator):
             log.info("%s %s: skipped, %s", self.verb, request.key, result.skipped)
         self._push_links(context, result)
         return result
+
+    def _next_attempt(self, context: Context, planner: Planner, request: Request) -> Request:
+        """Return the request as this attempt makes it, after a look at those before: whether, where and since when.
+
+        Raises `BudgetSpent`: a worker that is killed asks no retry policy, so the limits are looked at here too.
+        """
+        before, most = history(planner, request), budgets.of(self.verb, planner.spec)
+        task = recorded(planner.ledger, request.project, request.run, request.task)
+        if over := most.over(task):
+            raise BudgetSpent(
+                f"{request.verb} {request.key}: {over}", hint="see why, then clear the task: it counts anew"
+            )
+        if line := budgets.sentence(request.attempt, most, before):
+            log.info(line)
+        request = replace(request, queued_s=_waited(context, before))
+        if self.verb == "train":
+            place = placement(before, planner.spec.train, planner.platform.compute, datetime.now(UTC))
+            if place.reason:
+                log.warning("this attempt runs on %s: %s", place.compute, place.reason)
+            request = replace(request, compute=place.compute, placed=place.reason)
+        if before:
+            said = {"goes-on": budgets.goes_on(before), "compute": f"{request.compute} {request.placed}".strip()}
+            retry.show(context, most, task, **{name: text for name, text in said.items() if text})
+        return request
 
     def _make_launcher(self, context: Context, planner: Planner) -> Any:
         local = LocalProcess(on_line=lambda line: relay(line, _emit))
@@ -263,7 +287,9 @@ def _sensed(dag_run: Any) -> bool:
 def unstarted(context: Context, project: str, verb: str) -> Request:
     """Return what the ledger is told of a task that starts no process."""
     run, ti = context["dag_run"], context["ti"]
-    return Request(project, verb, (), params.run_name(run), ti.task_id, ti.try_number, actor=params.actor(run))
+    return Request(
+        project, verb, (), params.run_name(run), params.task_name(ti), ti.try_number, actor=params.actor(run)
+    )
 
 
 def record_refusal(context: Context, project: str, verb: str, error: OrreryError) -> None:

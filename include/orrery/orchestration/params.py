@@ -150,6 +150,12 @@ def first_name(dag_run: Any) -> str:
     return safe_name(f"{dag_run.dag_id}--{dag_run.run_id}")
 
 
+def task_name(ti: Any) -> str:
+    """Return a task's name in the store and the ledger; each of a mapped task has one of its own."""
+    mapped = getattr(ti, "map_index", -1)
+    return str(ti.task_id) if mapped is None or mapped < 0 else f"{ti.task_id}.{mapped}"
+
+
 def cleared_names(dag_run: Any) -> tuple[str, ...]:
     """Return the names that the run had before it was cleared, oldest first."""
     first = f"{dag_run.dag_id}--{dag_run.run_id}"

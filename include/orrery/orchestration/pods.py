@@ -59,6 +59,10 @@ class PodStepOperator(StepOperator, KubernetesPodOperator):
             # The pod operator remembers the pod of an earlier launch; one task may launch several partitions.
             self.pod = self.pod_request_obj = self.remote_pod = None
             self.arguments = step_arguments(plan)
+            # One attempt of a training may run on another class than the task's (see `placement`).
+            place = planner.platform.compute_class(plan.compute)
+            for name, value in placement_arguments(planner.platform, place, plan.verb.environment).items():
+                setattr(self, name, value)
             self.labels = {
                 **base,
                 # A run id holds what a label may not (+00:00); Airflow shortens and cleans it as its own labels.
@@ -89,12 +93,25 @@ def step_arguments(plan: Plan) -> list[str]:
     return ["step", "--config", f"{folder}/config.json", "--result", f"{folder}/result.json"]
 
 
-def pod_arguments(where: Platform, compute: Compute, environment: str, project: str, verb: str) -> dict[str, Any]:
-    """Return KubernetesPodOperator's arguments for one step on one compute class. Each unusual one says why."""
-    requests: dict[str, str] = {"cpu": compute.cpu, "memory": compute.memory}
+def placement_arguments(where: Platform, compute: Compute, environment: str) -> dict[str, Any]:
+    """Return those of KubernetesPodOperator's arguments that a compute class decides."""
     limits: dict[str, str] = {"memory": compute.memory}
     if compute.gpu:
         limits["nvidia.com/gpu"] = str(compute.gpu)
+    return {
+        "service_account_name": compute.service_account or where.kubernetes.service_account,
+        "image": compute.image or where.environments[environment].image,
+        # No CPU limit: a throttled step is slower and no safer; memory is what must not be exceeded.
+        "container_resources": k8s.V1ResourceRequirements(
+            requests={"cpu": compute.cpu, "memory": compute.memory}, limits=limits
+        ),
+        "node_selector": dict(compute.node_selector),
+        "tolerations": [k8s.V1Toleration(**_snake(t)) for t in compute.tolerations],
+    }
+
+
+def pod_arguments(where: Platform, compute: Compute, environment: str, project: str, verb: str) -> dict[str, Any]:
+    """Return KubernetesPodOperator's arguments for one step on one compute class. Each unusual one says why."""
     cluster = where.kubernetes
     secret = [k8s.V1EnvFromSource(secret_ref=k8s.V1SecretEnvSource(name=cluster.secret))] if cluster.secret else []
     return {
@@ -102,14 +119,9 @@ def pod_arguments(where: Platform, compute: Compute, environment: str, project: 
         "namespace": cluster.namespace,
         "kubernetes_conn_id": cluster.connection,
         "in_cluster": None if cluster.connection else True,
-        "service_account_name": compute.service_account or cluster.service_account,
-        "image": compute.image or where.environments[environment].image,
+        **placement_arguments(where, compute, environment),
         "cmds": ["orrery"],
         "labels": {"orrery/project": project, "orrery/step": verb},
-        # No CPU limit: a throttled step is slower and no safer; memory is what must not be exceeded.
-        "container_resources": k8s.V1ResourceRequirements(requests=requests, limits=limits),
-        "node_selector": dict(compute.node_selector),
-        "tolerations": [k8s.V1Toleration(**_snake(t)) for t in compute.tolerations],
         "env_from": secret,
         # The result document is the truth; the XCom sidecar would be a second one, and needs websocket exec.
         "do_xcom_push": False,
