@@ -91,9 +91,8 @@ class Schedule:
         if self.every != "auto":
             return f"a checkpoint every {self.every}"
         how = "measured" if self._costs else "assumed"
-        seen = (
-            f", {self.observed.interruptions:,} seen in {_time(self.observed.seconds)}" if self.observed.seconds else ""
-        )
+        watched = self.observed.seconds
+        seen = f" ({self.observed.interruptions:,} seen in {_time(watched)})" if watched else ""
         return (
             f"a checkpoint every {_time(self.interval)}: a save costs {_time(self.cost)} ({how}), an interruption is "
             f"expected every {_time(self.between)}{seen}; saving and repeating then cost "
