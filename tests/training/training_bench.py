@@ -92,16 +92,23 @@ class Bench:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "spec.yaml").write_text(SPEC.format(task=task, gate=gate))
         (folder / "model.py").write_text(model)
-        packed = bundle.pack(folder)
+        self.pack()
+
+    def pack(self) -> None:
+        """Push the project folder as it stands."""
+        packed = bundle.pack(self.root / "project")
         bundle.push(self.store, packed)
         self.digest = packed.digest
 
     def commit(self, key: str, table: pa.Table) -> None:
         """Commit a partition of features."""
-        base = f"{self.project}/materialize/{key}"
-        path = Path(self.store.full(f"{base}/a/features.parquet"))
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = self.root / f"{key}.parquet"
         write_parquet(table, path)
+        self.commit_file(key, path)
+
+    def commit_file(self, key: str, path: Path) -> None:
+        """Commit a partition's features, already written."""
+        base = f"{self.project}/materialize/{key}"
         done: File = self.store.upload(path, f"{base}/a/features.parquet")
         files = {"features.parquet": File(path="a/features.parquet", size=done.size, sha256=done.sha256)}
         manifest = Manifest(

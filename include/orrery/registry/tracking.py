@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from orrery.errors import Interrupted, OrreryError, TryAgain, UserError
@@ -25,19 +26,32 @@ from orrery.store import Manifest
 # The server's own limits per request and value (mlflow/utils/validation.py).
 MAX_METRICS, MAX_PARAMS, MAX_PARAM, MAX_TAG = 1000, 100, 6000, 5000
 ATTEMPT_TAG = "orrery.attempt"
+# MLflow's own tag, by which it shows runs within a run; ours tell a search's run from those of its trials.
+PARENT_TAG, STUDY_TAG, SEARCH_TAG = "mlflow.parentRunId", "orrery.study", "orrery.search"
 # A training waits this long for one answer; registering later, with nothing else to do, waits longer.
 ANSWER_S = 10.0
 # While it goes on, or when it is told to stop, it waits for less: what is lost is sent at the end, or was not to be.
 LIVE_S = 3.0
 
 
+@dataclass(frozen=True)
+class Search:
+    """The run under which MLflow shows the trials of a search: found by its key, or made with this name."""
+
+    key: str
+    name: str
+
+
 @contextmanager
-def begun(work: Work) -> Iterator[Run | None]:
-    """Make the attempt's run, and close it as failed when the block raises. None without an MLflow that answers."""
+def begun(work: Work, within: Search | None = None, name: str = "") -> Iterator[Run | None]:
+    """Make the attempt's run, and close it as failed when the block raises. None without an MLflow that answers.
+
+    A trial's run is nested `within` its search's.
+    """
     run: Run | None = None
     try:
         server = client.from_environment(ANSWER_S)
-        run = attempt_run(server, work) if server else None
+        run = attempt_run(server, work, within, name) if server else None
     except (TryAgain, UserError) as e:  # Interrupted goes on up
         work.log.warning(f"the training is not in MLflow yet: {e.message}")
     try:
@@ -103,7 +117,11 @@ class Live:
 
 
 def log_training(
-    work: Work, params: Mapping[str, Any], history: Sequence[Mapping[str, float]], metrics: Mapping[str, float]
+    work: Work,
+    params: Mapping[str, Any],
+    history: Sequence[Mapping[str, float]],
+    metrics: Mapping[str, float],
+    within: Search | None = None,
 ) -> str | None:
     """Log one training attempt; return its run's id, or None when there is no MLflow or it does not answer.
 
@@ -111,20 +129,29 @@ def log_training(
     """
     try:
         server = client.from_environment(ANSWER_S)
-        return None if server is None else _log(server, work, params, history, metrics)
+        return None if server is None else _log(server, attempt_run(server, work, within), params, history, metrics)
     except (TryAgain, UserError) as e:  # Interrupted goes on up
         work.log.warning(f"the training is not in MLflow: {e.message}")
         return None
 
 
+def log_search(work: Work, search: Search, params: Mapping[str, Any], metrics: Mapping[str, float]) -> str | None:
+    """Complete a search's run with what came of it; return its id, or None as `log_training` does."""
+    try:
+        server = client.from_environment(ANSWER_S)
+        return None if server is None else _log(server, _search_run(server, work, search), params, [], metrics)
+    except (TryAgain, UserError) as e:
+        work.log.warning(f"the search is not in MLflow: {e.message}")
+        return None
+
+
 def _log(
     server: Mlflow,
-    work: Work,
+    run: Run,
     params: Mapping[str, Any],
     history: Sequence[Mapping[str, float]],
     metrics: Mapping[str, float],
 ) -> str:
-    run = attempt_run(server, work)
     # All at the run's start: logging again adds no second point.
     points = [_metric(k, v, step, run) for step, epoch in enumerate(history) for k, v in epoch.items()]
     points += [_metric(k, v, len(history), run) for k, v in metrics.items()]
@@ -137,7 +164,7 @@ def _log(
     return run.id
 
 
-def attempt_run(server: Mlflow, work: Work) -> Run:
+def attempt_run(server: Mlflow, work: Work, within: Search | None = None, name: str = "") -> Run:
     """Return the run of this attempt, made when it is not there."""
     config = work.config
     experiment = server.experiment(config.project)
@@ -146,7 +173,27 @@ def attempt_run(server: Mlflow, work: Work) -> Run:
         return found
     tags = lineage(work.config.project, config.key, config.fingerprint, config.bundle, work.inputs("features"))
     tags |= {"orrery.run": config.run, ATTEMPT_TAG: config.folder, ADDRESS_TAG: work.address}
-    return server.create_run(experiment, f"{config.key} {config.run}"[:250], tags, int(time.time() * 1000))
+    if within is not None:
+        tags |= {PARENT_TAG: _search_run(server, work, within).id, SEARCH_TAG: within.key}
+    return server.create_run(experiment, (name or f"{config.key} {config.run}")[:250], tags, int(time.time() * 1000))
+
+
+def _search_run(server: Mlflow, work: Work, search: Search) -> Run:
+    """Return the run of a whole search, made when it is not there. Trials that begin at once find the same one."""
+    experiment = server.experiment(work.config.project)
+
+    def oldest() -> Run | None:
+        return server.find_run(experiment, STUDY_TAG, search.key)
+
+    found = oldest()
+    if found is not None:
+        return found
+    tags = lineage(work.config.project, work.config.key, {}, work.config.bundle, work.inputs("features"))
+    made = server.create_run(experiment, search.name[:250], tags | {STUDY_TAG: search.key}, int(time.time() * 1000))
+    first = oldest() or made
+    if first.id != made.id:
+        server.call("POST", "runs/delete", run_id=made.id)
+    return first
 
 
 def lineage(

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 NAME = "trial.json"
 PREDICTIONS = "predictions.npy"
-TRUTH = "truth.npz"
+TRUTH = ("label.npy", "moment.npy")  # of the trial with the defaults: what all are measured on
 
 State = Literal["complete", "pruned", "failed"]
 

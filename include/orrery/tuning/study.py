@@ -18,7 +18,7 @@ from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from orrery.databases import REFUSED, scrub, with_driver
@@ -104,7 +104,7 @@ class Study:
         sampler = optuna.samplers.TPESampler(n_startup_trials=RANDOM, seed=(seed * 1_000_003 + number) % 2**32)
         copy = optuna.create_study(sampler=sampler, direction=_direction(self.where))
         copy.add_trials(before.values())
-        return copy.ask(self.space.distributions()).params
+        return dict(copy.ask(self.space.distributions()).params)
 
     def _add(
         self,
@@ -194,11 +194,10 @@ def _mend(file: Path, lock: KernelLock) -> None:
         lock.release()
 
 
-class KernelLock(JournalFileOpenLock):
+class KernelLock:
     """A lock that ends with its process. Optuna's own is a file: after a kill, all others wait half a minute."""
 
     def __init__(self, file: str) -> None:
-        super().__init__(file)
         self._file = file
         self._held: int | None = None
 
