@@ -1,4 +1,4 @@
-"""What people type: `orrery run`, `check`, `new`, `ledger`, `rollback`, `reproduce`, `up`, `down`, `status`."""
+"""What people type: `orrery run`, `check`, `new`, `ledger`, `cost`, `rollback`, `reproduce`, `up`, `down`, `status`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,6 +18,7 @@ from orrery.contract import VERBS, Result
 from orrery.errors import RequestError, UserError, nearest
 from orrery.ledger import Ledger, moment, unfinished
 from orrery.plan import Plan, Planner, Request
+from orrery.spec import load_model
 
 app = typer.Typer(
     name="orrery",
@@ -201,6 +202,43 @@ def ledger(
         change = f"{e.kind} to version {e.payload['version']} of {e.at[:19]}"
         again = "clear its task, or promote again" if e.kind == "promotion" else f"orrery rollback {project}"
         out.print(f"[yellow]unfinished:[/] {escape(f'{change}: {again}')}")
+
+
+@app.command()
+def cost(
+    project: Project,
+    version: Annotated[str | None, typer.Option(help="The attempts that this model version was trained by.")] = None,
+    run_: Annotated[str | None, typer.Option("--run", help="The attempts of this run, as the ledger names it.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="JSON: times in seconds, money as platform.yaml has it.")
+    ] = False,
+) -> None:
+    """Show what trainings took and cost: useful, lost, saved by spot; of a version or a run each attempt."""
+    from orrery import cost_report, cost_text, costs
+
+    if version and run_:
+        raise RequestError("--version and --run are two questions", hint="give one")
+    spec, place = load_model(platform.project_folder(project)), platform.load()
+    book = Ledger(place.ledger)
+    spent = costs.read(book.find(project, "run", phase="done"))
+    versions, champion = {**book.registered(project), **book.versions(project)}, book.champion(project)
+    told: dict[str, Any] = {"project": project}
+    if version or run_:
+        told["attempts"] = (
+            cost_report.version(spent, versions, version) if version else cost_report.run(spent, str(run_))
+        )
+        table, below = cost_text.attempts(told["attempts"]), []
+    else:
+        prices = costs.rates(place, spec.train.spot.fallback)
+        told |= cost_report.project(spent, prices, versions)
+        now = champion.version if champion else None
+        table, below = cost_text.trainings(told["trainings"], now), cost_text.lines(told)
+    if as_json:
+        print(json.dumps(told, indent=1))  # noqa: T201
+        return
+    out.print(table)
+    for line in below:
+        out.print(line, markup=False)
 
 
 @app.command()

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from orrery import effort
-from orrery.attempts import Attempt
+from orrery.attempts import Attempt, folder_of
 from orrery.effort import Parts
 from orrery.errors import UserError
-from orrery.ledger import Entry, Ledger
+from orrery.ledger import KEPT, Entry, Ledger
 from orrery.platform import Platform
 from orrery.spec import ModelSpec
 
@@ -145,7 +145,7 @@ def read(entries: Iterable[Entry], *verbs: str) -> list[Spent]:
     """Return the attempts that entries of kind `run` tell of (of some verbs), oldest first, but for skipped ones."""
     found = []
     for entry in entries:
-        p, folder = entry.payload, entry.key.split("/")
+        p, folder = entry.payload, (folder_of(entry.payload) or entry.key).split("/")
         if not isinstance(p.get("attempt"), dict) or p.get("skipped") or (verbs and p.get("verb") not in verbs):
             continue
         run, slot = (folder[2], folder[3]) if len(folder) > 4 else (entry.key, "")
@@ -244,7 +244,8 @@ def _on_demand(spent: Sequence[Spent], kept: Sequence[int], each: Sequence[Parts
 
 def of_run(book: Ledger, project: str, run: str, *verbs: str) -> list[Spent]:
     """Return the attempts of one run (its name in the ledger), of some verbs."""
-    return read(book.find(project, "run", phase="done", prefix=f"{project}/runs/{run}/"), *verbs)
+    prefix = f"{project}/runs/{run}/"[:KEPT]  # a longer key is kept shortened
+    return [s for s in read(book.find(project, "run", phase="done", prefix=prefix), *verbs) if s.run == run]
 
 
 def refuse_over_budget(
