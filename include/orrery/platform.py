@@ -39,12 +39,13 @@ def pinned(image: str) -> str:
     return image
 
 
+RoleArn = Annotated[str, StringConstraints(pattern=r"^arn:aws[a-z-]*:iam::[0-9]{12}:role/[A-Za-z0-9_+=,.@/-]{1,512}$")]
+
+
 class SageMaker(Frozen):
     """A training job of Amazon SageMaker instead of a pod. With `spot` of its class it is a managed spot job."""
 
-    role: Annotated[str, StringConstraints(pattern=r"^arn:aws[a-z-]*:iam::[0-9]{12}:role/[A-Za-z0-9_+=,.@/-]{1,512}$")] = Field(
-        description="The job's execution role; it reads and writes the store, and pulls the image."
-    )
+    role: RoleArn = Field(description="The job's execution role; it reads and writes the store, and pulls the image.")
     instance_type: Annotated[str, StringConstraints(pattern=r"^ml\.[a-z0-9-]+\.[a-z0-9]+$")]
     instance_count: Literal[1] = Field(1, description="One machine: a step's processes do not span several yet.")
     volume_gb: int = Field(30, ge=1, le=16384, description="Disk of the machine.")

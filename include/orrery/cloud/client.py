@@ -92,9 +92,17 @@ async def watcher(region: str | None = None) -> AsyncIterator[Watcher]:
         await client.close()
 
 
+def region() -> str | None:
+    """Return the region of the process's AWS environment."""
+    import botocore.session  # type: ignore[import-untyped]
+
+    found = botocore.session.get_session().get_config_variable("region")
+    return str(found) if found else None
+
+
 def _client(region: str | None, *, soon: bool = False) -> Any:
     import botocore.config  # type: ignore[import-untyped]
-    import botocore.session  # type: ignore[import-untyped]
+    import botocore.session
 
     quick = {"connect_timeout": SHORT_S, "read_timeout": SHORT_S, "retries": {"total_max_attempts": 1}}
     config = botocore.config.Config(**(quick if soon else {}))

@@ -108,6 +108,11 @@ def document(plan: Plan, where: Platform, compute: Compute, job: str) -> Job:
         raise UserError(
             f"the store is {config.store}: a SageMaker job cannot reach it", hint="ORRERY_STORE=s3://bucket/prefix"
         )
+    if str(config.params.get("storage", "")).startswith("/"):
+        raise UserError(
+            "the search's study is a file of this machine: a SageMaker job cannot reach it",
+            hint="ORRERY_TUNING=postgresql://…, or another class at spec.tune.compute",
+        )
     max_run = seconds(settings.max_run)
     return Job(
         name=job,

@@ -181,6 +181,10 @@ def _step(
     }
     if pool:
         common["pool"] = pool
+    if platform.load().compute_class(name).sagemaker is not None:
+        from orrery.orchestration.sagemaker import SageMakerStepOperator
+
+        return SageMakerStepOperator(**common)
     if platform.profile() == "kubernetes":
         from orrery.orchestration.pods import PodStepOperator
 
