@@ -20,10 +20,10 @@ Work = Callable[[Place], Any]
 PATIENCE_S = 60
 
 
-def run(work: Work, world: int, folder: Path, *, timeout: float = PATIENCE_S) -> list[Any]:
+def run(work: Work, world: int, folder: Path, *, answers: int | None = None, timeout: float = PATIENCE_S) -> list[Any]:
     """Return what `work(place)` returned on each rank; for a process that was killed, the signal as a negative number.
 
-    Raises `AssertionError` with the traceback of a rank that failed, or when one takes longer than `timeout` seconds.
+    Of the first `answers` ranks only, where others may never end: these are killed then. Raises `AssertionError` with the traceback of a rank that failed, or when one takes longer than `timeout` seconds.
     """
     context = mp.get_context("fork")
     folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def run(work: Work, world: int, folder: Path, *, timeout: float = PATIENCE_S) ->
         started.append((process, here))
     deadline = time.monotonic() + timeout
     try:
-        return [_answer(process, here, deadline) for process, here in started]
+        return [_answer(process, here, deadline) for process, here in started[:answers]]
     finally:
         for process, _ in started:
             process.kill()

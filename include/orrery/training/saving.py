@@ -7,6 +7,7 @@ commits when all parts are in the store. A save that fails is a warning, and the
 from __future__ import annotations
 
 import json
+import logging
 import time
 import warnings
 import weakref
@@ -98,7 +99,8 @@ class ShardedSaver(Background):
 
     def __init__(self, checkpoints: Checkpoints, place: Place, scratch: Path, timeout: timedelta = TIMEOUT) -> None:
         super().__init__(checkpoints, place, scratch, timeout)
-        # DCP says so at every save and load of a single process, which is what is meant here.
+        # DCP says what it does at every call, and tells a failure, which is raised too, as a dict of its own.
+        logging.getLogger("c10d-NullHandler-dcp_logger").disabled = True
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         self._staging = Staging()
         self._best: Versions | None = None  # what the last checkpoint has
