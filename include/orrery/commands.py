@@ -69,6 +69,8 @@ def run(
 
     if step not in VERBS:
         raise RequestError(f"unknown step {step!r}", hint=nearest(step, VERBS))
+    if step == "trial":
+        raise RequestError("a trial is one of a search", hint=f"orrery run {project} tune --window …")
     if step == "rollback":
         raise RequestError("rollback is a command of its own", hint=f"orrery rollback {project}")
     if version and step != "promote":
@@ -92,6 +94,11 @@ def run(
             force=force,
             options={"version": version} if version else {},
         )
+        if step == "tune":
+            from orrery.tuning.search import Search
+
+            show(step, request.key, Search(request, lambda line: out.print(line, markup=False)).run())
+            continue
         show(step, request.key, carry(planner, request, LocalProcess(), _secrets_note))
 
 

@@ -18,7 +18,7 @@ from orrery.tuning.outcome import NAME, PREDICTIONS, TRUTH, Outcome
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training"))
 
-from training_bench import TORCH_MODEL, Bench, trips  # noqa: E402
+from training_bench import TORCH_MODEL, Bench, trips
 
 KEY = "0123456789abcdef" * 2
 STEP = "import sys, time; from orrery.step import main; sys.exit(main(sys.argv[1:], time.time()))"

@@ -10,6 +10,11 @@ NAME = "trial.json"
 PREDICTIONS = "predictions.npy"
 TRUTH = ("label.npy", "moment.npy")  # of the trial with the defaults: what all are measured on
 
+# The first two trials are no draws: model.py's defaults (with the spec's params), and the champion's parameters.
+DEFAULTS, CHAMPION = 0, 1
+# Verdicts of `tune`.
+TUNED, KEPT = "tuned", "defaults"
+
 State = Literal["complete", "pruned", "failed"]
 
 
@@ -28,4 +33,4 @@ class Outcome(BaseModel):
     @property
     def named(self) -> str:
         """What people call it."""
-        return {0: "trial 0 (defaults)"}.get(self.number, f"trial {self.number}")
+        return f"trial {self.number}" + (" (defaults)" if self.number == DEFAULTS else "")

@@ -13,6 +13,7 @@ from orrery import platform
 from orrery.contract import VERBS as ALL
 from orrery.errors import RequestError, SpecError
 from orrery.store import Manifest, Ref
+from orrery.tuning.outcome import CHAMPION, TUNED
 
 if TYPE_CHECKING:
     from orrery.bundle import Bundle
@@ -21,10 +22,6 @@ if TYPE_CHECKING:
 
 Inputs = dict[str, tuple[Ref, ...]]
 VERBS = ("trial", "tune")
-# The first two trials are no draws: model.py's defaults (with the spec's params), and the champion's parameters.
-DEFAULTS, CHAMPION = 0, 1
-# Verdicts of `tune`.
-TUNED, KEPT = "tuned", "defaults"
 
 
 def terms(planner: Planner) -> Tune:

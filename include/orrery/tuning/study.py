@@ -127,9 +127,14 @@ class Study:
             self._study.add_trial(trial)
 
     def report(self, trial: int, epoch: int, loss: float) -> bool:
-        """Write down an epoch's loss; tell whether the trial should stop. Epochs count from 0."""
+        """Write down an epoch's loss; tell whether the trial should stop. Epochs count from 0.
+
+        A trial that was killed comes by epochs that it has reported before: of those only the last is judged again.
+        """
         with told(self.where.storage):
             frozen = self._storage.get_trial(trial)
+            if epoch < (frozen.last_step or 0):
+                return False
             if epoch not in frozen.intermediate_values and not frozen.state.is_finished():
                 self._storage.set_trial_intermediate_value(trial, epoch, self._signed(loss))
                 frozen = self._storage.get_trial(trial)

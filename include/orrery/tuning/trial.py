@@ -23,8 +23,7 @@ from orrery.training import Dataset, dataset, labels, signature, train, user_mod
 from orrery.training.schema import infer
 from orrery.training.split import Parts, split
 from orrery.training.user_model import UserModel
-from orrery.tuning.outcome import NAME, PREDICTIONS, TRUTH, Outcome
-from orrery.tuning.planning import CHAMPION, DEFAULTS
+from orrery.tuning.outcome import CHAMPION, DEFAULTS, NAME, PREDICTIONS, TRUTH, Outcome
 from orrery.tuning.space import Space, space
 from orrery.tuning.study import Asked, Study, Where
 

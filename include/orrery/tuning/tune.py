@@ -23,8 +23,7 @@ from orrery.step import Work
 from orrery.store import Manifest
 from orrery.training import user_model
 from orrery.tuning import figures
-from orrery.tuning.outcome import NAME, PREDICTIONS, TRUTH, Outcome
-from orrery.tuning.planning import DEFAULTS, KEPT, TUNED
+from orrery.tuning.outcome import DEFAULTS, KEPT, NAME, PREDICTIONS, TRUTH, TUNED, Outcome
 from orrery.tuning.space import Space, space
 
 PAGE = "tuning.html"

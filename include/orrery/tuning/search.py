@@ -1,0 +1,111 @@
+"""A whole search on this machine: its trials a few at a time, each a step in a process of its own, then the decision.
+
+What is committed is not done again, so a search that was broken off goes on where it was. Light.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from orrery.contract import Result
+from orrery.errors import Interrupted, TryAgain
+from orrery.local import LocalProcess, relay
+from orrery.plan import Planner, Request
+from orrery.runner import StepFailed, run
+from orrery.spec import METRICS
+from orrery.tuning import planning
+
+# Attempts of one trial: a process that was killed is taken up again at once, with the same parameters.
+TRIES = 4
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Search:
+    """One search, as it goes on. `say` is given a line per trial that has ended; `asked` is the request for `tune`."""
+
+    asked: Request
+    say: Say
+    _launchers: list[LocalProcess] = field(default_factory=list, init=False)
+    _stopped: bool = field(default=False, init=False)
+    _done: dict[int, Result] = field(default_factory=dict, init=False)
+    _began: float = field(default_factory=time.monotonic, init=False)
+
+    def run(self) -> Result:
+        """Run what is left of the search; return the decision. Raises the first trial's error."""
+        terms = planning.terms(Planner(self.asked.project))
+        self.say(f"{terms.trials} trials, {min(terms.parallel, terms.trials)} at a time")
+        with ThreadPoolExecutor(terms.parallel) as pool:
+            futures = {pool.submit(self._trial, number): number for number in range(terms.trials)}
+            try:
+                self._follow(futures, terms.trials)
+            except BaseException:
+                self._stopped = True
+                pool.shutdown(wait=False, cancel_futures=True)
+                for launcher in list(self._launchers):
+                    launcher.stop()
+                raise
+        return run(Planner(self.asked.project), self.asked, LocalProcess())
+
+    def _follow(self, futures: dict[Future[Result], int], count: int) -> None:
+        """Say each end as it comes; raise the first error."""
+        waiting = set(futures)
+        while waiting:
+            ended, waiting = wait(waiting, timeout=0.5, return_when=FIRST_EXCEPTION)
+            # FIRST_EXCEPTION wakes for errors alone; the others are seen at the next half second.
+            for future in ended | {f for f in waiting if f.done()}:
+                waiting.discard(future)
+                self._done[futures[future]] = future.result()
+                self.say(self._line(futures[future], count))
+
+    def _line(self, number: int, count: int) -> str:
+        """Return how a trial ended, how far the search is, and the best so far."""
+        result, metric = self._done[number], str(self._done[number].facts.get("primary"))
+        value = result.metrics.get(metric)
+        ended = f"{metric} {value:.4f}" if value is not None else f"{result.verdict}"
+        ended += " (done before)" if result.skipped else f" in {result.seconds.get('total', 0.0):.0f} s"
+        values = {n: r.metrics[metric] for n, r in self._done.items() if metric in r.metrics}
+        best = max(values, key=lambda n: values[n] if METRICS[metric] else -values[n], default=None)
+        found = f"; best: trial {best}, {values[best]:.4f}" if best is not None else ""
+        return f"{len(self._done)} of {count}: trial {number}: {ended}{found}{self._left(count)}"
+
+    def _left(self, count: int) -> str:
+        fresh = sum(not result.skipped for result in self._done.values())
+        left = count - len(self._done)
+        if not fresh or not left:
+            return ""
+        return f"; about {max(1, round((time.monotonic() - self._began) / fresh * left / 60))} min left"
+
+    def _trial(self, number: int) -> Result:
+        """Run one trial to its end, in as many attempts as it takes."""
+        options = {"number": number}
+        asked = replace(self.asked, verb="trial", task=f"trial-{number}", options=options)
+        for attempt in range(1, TRIES + 1):
+            launcher = LocalProcess(on_line=lambda line: relay(line, self._heard(number)))
+            self._launchers.append(launcher)
+            if self._stopped:
+                raise Interrupted("the search was stopped")
+            try:
+                return run(Planner(self.asked.project), replace(asked, attempt=attempt), launcher)
+            except (Interrupted, TryAgain, StepFailed) as e:
+                if attempt == TRIES or self._stopped:
+                    raise
+                self.say(f"trial {number} goes on in attempt {attempt + 1}: {e.message}")
+            finally:
+                self._launchers.remove(launcher)
+        raise AssertionError("unreachable")
+
+    def _heard(self, number: int) -> Callable[[int, str, dict[str, Any]], None]:
+        """Return what is done with a trial's log: warnings are shown; the rest of several at once would be noise."""
+
+        def emit(level: int, event: str, fields: dict[str, Any]) -> None:
+            if level >= logging.WARNING:
+                self.say(f"trial {number}: {event}")
+
+        return emit
