@@ -23,7 +23,9 @@ from orrery import platform
 from orrery.contract import StepConfig
 from orrery.errors import UserError
 from orrery.plan import Plan
-from orrery.store import trouble
+from orrery.store import Store, trouble
+
+log = logging.getLogger("orrery.local")
 
 # What a step may not see: the orchestrator's own secrets and addresses.
 WITHHELD_PREFIXES = ("AIRFLOW_", "_AIRFLOW", "OPENLINEAGE")
@@ -34,6 +36,8 @@ WITHHELD = frozenset({"PYTHONPATH", "PYTHONSTARTUP", "VIRTUAL_ENV", "__PYVENV_LA
 GRACE_S = 4.0  # below the 5 s after which Airflow's supervisor kills the worker
 LONGEST_TMP = 50  # characters of var/tmp's path; see _scratch
 LEFTOVER_S = 1.0  # what a step that has ended left running may take to end by itself
+PROCESS = "process.json"  # in the attempt's folder: which process of which machine does it
+OURS = ".step"  # the same in the step's temporary folder, which must stay as long as the step does
 
 
 def venvs() -> Path:
@@ -70,10 +74,16 @@ class LocalProcess:
 
     The step is told to stop (SIGTERM, then SIGKILL) when `stop()` is called, and by the kernel when this process
     dies. What it leaves running when it ends, however it ends, is ended too.
+
+    `outlive`: seconds after SIGTERM in which the step saves its state. Airflow kills who called `stop` after five,
+    and the step, in a session of its own, goes on; it sees the number as ORRERY_OUTLIVE and must end itself by then.
+    The attempt after it waits for that (`wait_for_end`).
     """
 
     on_line: Callable[[str], None] | None = None
     logs: str = "json"
+    outlive: float = 0.0
+    _told: float | None = field(default=None, init=False)
     _process: subprocess.Popen[str] | None = field(default=None, init=False)
     _watch: threading.Thread | None = field(default=None, init=False)
 
@@ -84,11 +94,20 @@ class LocalProcess:
         argv += ["--result", f"{config.store}/{config.folder}/result.json"]
         logs = self.logs if self.on_line else "text"
         with _scratch() as folder:
-            places = {"TMPDIR": str(folder), "ORRERY_CACHE": str(_cache())}
-            env = step_environment({**_source_secrets(config), **plan.environment, **places, "ORRERY_LOG": logs})
-            return self._run(argv, env)
+            own = {"TMPDIR": str(folder), "ORRERY_CACHE": str(_cache()), "ORRERY_LOG": logs}
+            if self.outlive:
+                own["ORRERY_OUTLIVE"] = str(self.outlive)
+            env = step_environment({**_source_secrets(config), **plan.environment, **own})
 
-    def _run(self, argv: list[str], env: dict[str, str]) -> int:
+            def started(pid: int) -> None:
+                process = json.dumps(_identity(pid)).encode()
+                (folder / OURS).write_bytes(process)
+                Store(config.store).put(f"{config.folder}/{PROCESS}", process)
+
+            return self._run(argv, env, started)
+
+    def _run(self, argv: list[str], env: dict[str, str], started: Callable[[int], None]) -> int:
+        self._told = None
         piped = subprocess.PIPE if self.on_line else None
         self._process = subprocess.Popen(
             argv, env=env, stdin=subprocess.DEVNULL, stdout=piped, stderr=subprocess.STDOUT if piped else None,
@@ -97,28 +116,59 @@ class LocalProcess:
         self._watch = threading.Thread(target=_end_leftovers, args=(self._process.pid,), name="step", daemon=True)
         self._watch.start()
         try:
+            started(self._process.pid)
             if self.on_line and self._process.stdout:
                 for line in self._process.stdout:
                     self.on_line(line.rstrip("\n"))
             self._watch.join()
             return self._process.wait()
         finally:
-            self.stop()
+            self._stop(max(GRACE_S, self.outlive))
             if self._process.stdout:
                 self._process.stdout.close()
 
-    def stop(self, grace: float = GRACE_S) -> None:
-        """End the step and all it started. Safe to call at any time, from any thread."""
+    def stop(self) -> None:
+        """End the step and all it started, or leave it to save (`outlive`). Safe at any time, from any thread."""
+        self._stop(GRACE_S)
+
+    def _stop(self, patience: float) -> None:
         process, watch = self._process, self._watch
         if process is None or watch is None or process.returncode is not None:
             return
         if watch.is_alive():
-            _signal_session(process.pid, signal.SIGTERM)
-            watch.join(grace)
+            if self._told is None:
+                self._told = time.monotonic()
+                _signal_session(process.pid, signal.SIGTERM)
+            watch.join(max(self._told + patience - time.monotonic(), 0.0))
+            if watch.is_alive() and patience < self.outlive:
+                return
         if watch.is_alive():
             _signal_session(process.pid, signal.SIGKILL)
             watch.join()
         process.wait()
+
+
+def wait_for_end(store: Store, folder: str, patience: float) -> None:
+    """Wait until the process of an earlier attempt on this machine has ended; kill it when that takes too long.
+
+    Its worker is gone, so it has been told to stop, and may be saving. Two attempts must not train side by side.
+    """
+    try:
+        found = json.loads(store.read(f"{folder}/{PROCESS}"))
+    except (FileNotFoundError, ValueError):
+        return
+    if not _is_alive(found):
+        return
+    log.info("%s is still saving: this attempt waits for its end, at most %.0f s", folder, patience)
+    _signal_session(found["pid"], signal.SIGTERM)  # again, in case that nobody could tell it
+    deadline = time.monotonic() + patience
+    while _is_alive(found):
+        if time.monotonic() > deadline:
+            log.warning("%s did not end within %.0f s and is killed", folder, patience)
+            _signal_session(found["pid"], signal.SIGKILL)
+            return
+        time.sleep(0.05)
+    _signal_session(found["pid"], signal.SIGKILL)  # what it left running
 
 
 def _cache() -> Path:
@@ -139,7 +189,7 @@ def _scratch() -> Iterator[Path]:
         home.mkdir(parents=True, exist_ok=True)
         for left in home.iterdir():
             machine, number, *_ = f"{left.name}--".split("-")
-            if machine == _machine() and not _runs(number):
+            if machine == _machine() and not _runs(number) and not _in_use(left):
                 shutil.rmtree(left, ignore_errors=True)
         parent = home if len(str(home)) <= LONGEST_TMP else None
         folder = tempfile.mkdtemp(prefix=f"{_machine()}-{os.getpid()}-" if parent else "orrery-", dir=parent)
@@ -163,6 +213,41 @@ def _runs(pid: str) -> bool:
     except (ValueError, OSError):
         return True
     return True
+
+
+def _identity(pid: int) -> dict[str, Any]:
+    """Return what tells a process from every other of any machine: numbers are used again."""
+    return {"machine": _machine(), "pid": pid, "born": _born(pid)}
+
+
+def _born(pid: int) -> str:
+    """Return when a process began, in ticks since this boot; empty where /proc does not tell (macOS)."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"
+    except (OSError, IndexError):
+        return ""
+
+
+def _is_alive(process: dict[str, Any]) -> bool:
+    """Tell whether a process that `_identity` described runs here still; a zombie does not."""
+    if not isinstance(process, dict) or process.get("machine") != _machine() or not isinstance(process.get("pid"), int):
+        return False
+    pid = process["pid"]
+    try:
+        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            return False
+    except OSError:
+        pass
+    return _runs(str(pid)) and _born(pid) == process.get("born")
+
+
+def _in_use(folder: Path) -> bool:
+    """Tell whether a step's temporary folder is used still: the step may outlive its worker."""
+    try:
+        return _is_alive(json.loads((folder / OURS).read_bytes()))
+    except (OSError, ValueError):
+        return False
 
 
 def _end_leftovers(pid: int) -> None:

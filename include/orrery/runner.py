@@ -262,10 +262,11 @@ def record_skip(planner: Planner, request: Request, why: str) -> Result:
     return result
 
 
-def history(planner: Planner, request: Request) -> list[Attempt]:
+def history(planner: Planner, request: Request, wait: Callable[[str], None] | None = None) -> list[Attempt]:
     """Return the earlier attempts of this request in this run, oldest first.
 
-    Those whose orchestrator died before it could record them (also before the run was cleared) are put on record.
+    Those whose orchestrator died before it could record them (also before the run was cleared) are put on record, once
+    `wait` has come back, which is given their folder: their step may still be saving.
     """
     for run in (*request.cleared, request.run):
         folder = attempt_folder(request, run).rpartition("/")[0]

@@ -10,10 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import orrery.contract
+from orrery import goodput
 from orrery.contract import VERBS, Result, Verb
-from orrery.errors import TryAgain, UserError
+from orrery.errors import Interrupted, TryAgain, UserError
+from orrery.goodput import Progress
 from orrery.step import Work
 
 
@@ -31,14 +34,19 @@ def register() -> None:
         "probe", __name__, "airflow", ProbeParams, "partition", "probed", hints=frozenset({"mode", "marks"})
     )
     VERBS["look"] = dataclasses.replace(VERBS["probe"], name="look", observes=True, dataset="looked")
+    # A training that saves and goes on, in the place of the real one; see `go_on`.
+    VERBS["train"] = dataclasses.replace(VERBS["train"], module=__name__, environment="airflow")
     for name in ("promote", "rollback"):
         VERBS[name] = dataclasses.replace(VERBS[name], module=__name__, environment="airflow")
 
 
-def run(work: Work, params: ProbeParams) -> Result:
+def run(work: Work, params: Any) -> Result:
     """Do what the mode says."""
     if work.verb.effect:
         return effect(work)
+    if work.verb.name == "train":
+        asked = params.overrides
+        return go_on(work, Path(asked["marks"]), asked.get("save_s", 0.0))
     modes = {k.removeprefix("mode_"): v for k, v in globals().items() if k.startswith("mode_")}
     result = modes[params.mode](work, params)
     assert isinstance(result, Result)
@@ -66,10 +74,11 @@ def mode_observe(work: Work, params: ProbeParams) -> Result:
     return Result(metrics={"value": params.value})
 
 
-def _write(work: Work, params: ProbeParams) -> Result:
-    work.write_json("out.json", {"value": params.value})
+def _write(work: Work, params: ProbeParams | float) -> Result:
+    value = params.value if isinstance(params, ProbeParams) else params
+    work.write_json("out.json", {"value": value})
     work.write_json("nested/more.json", {"sources": work.config.partitions})
-    return Result(metrics={"value": params.value}, facts={"rows": 3}, reasons=["it was asked for"])
+    return Result(metrics={"value": value}, facts={"rows": 3}, reasons=["it was asked for"])
 
 
 def mode_done(work: Work, params: ProbeParams) -> Result:
@@ -162,6 +171,42 @@ def mode_wait(work: Work, params: ProbeParams) -> Result:
     return _write(work, params)
 
 
+def mode_train(work: Work, params: ProbeParams) -> Result:
+    return go_on(work, Path(params.marks), params.value)
+
+
+TOTAL, EVERY, STEP_S = 100_000, 10, 0.02
+
+
+def go_on(work: Work, marks: Path, save_s: float) -> Result:
+    """Like a training: take steps until `go` is there, a checkpoint each ten; told to stop, save for `save_s` seconds.
+
+    `started` holds the step that it went on from. What it saves lies at the address, so every attempt finds it.
+    """
+    told = list[int]()
+    signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+    saved = f"{work.config.project}/{work.verb.name}/{work.address}/checkpoints/step"
+    resumed = step = committed = int(work.store.read(saved)) if work.store.exists(saved) else 0
+    began = time.time()
+    mark(marks, "started", str(resumed))
+    while not (marks / "go").exists():
+        time.sleep(STEP_S)
+        step += 1
+        if told:
+            time.sleep(save_s)
+        if told or step % EVERY == 0:
+            work.store.put(saved, str(step).encode())
+            committed = step
+        now = Progress(
+            began=began, now=time.time(), resumed=resumed, step=step, committed=committed, total=TOTAL, step_s=STEP_S
+        )
+        work.store.put(f"{work.config.folder}/{goodput.NAME}", now.model_dump_json().encode())
+        if told:
+            details = {"step": step, "resumed": resumed, "committed": committed}
+            raise Interrupted(f"SIGTERM: saved at step {step}", details=details)
+    return _write(work, resumed)
+
+
 def mode_chunks(work: Work, params: ProbeParams) -> Result:
     for i in range(5):
         work.write_json(f"part-{i}.json", list(range(50)))
@@ -184,10 +229,11 @@ def mode_spawn(work: Work, params: ProbeParams) -> Result:
     return _write(work, params)
 
 
-def mark(params: ProbeParams, name: str, text: str = "") -> None:
-    part = Path(params.marks) / f"{name}.part"
+def mark(where: ProbeParams | Path, name: str, text: str = "") -> None:
+    marks = where if isinstance(where, Path) else Path(where.marks)
+    part = marks / f"{name}.part"
     part.write_text(text)
-    part.rename(Path(params.marks) / name)
+    part.rename(marks / name)
 
 
 def wait_for(path: Path, seconds: float = 60) -> str:

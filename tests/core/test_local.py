@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -105,17 +106,20 @@ def test_nothing_that_a_step_started_outlives_it(house: House, how: str) -> None
     launch.stop()
 
 
-def worker_and_step(house: House, mode: str) -> tuple[subprocess.Popen[bytes], int]:
+def worker_and_step(house: House, mode: str, value: float = 1.0, **more: Any) -> tuple[subprocess.Popen[bytes], int]:
     """Start a worker that carries one `probe`; return it and the step's process number once the verb has begun."""
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import core_verbs; core_verbs.register()\n"
+        "import json, signal, sys; sys.path.insert(0, sys.argv[1]); import core_verbs; core_verbs.register()\n"
         "from orrery.plan import Planner, Request; from orrery import local, runner; local.LONGEST_TMP = 500\n"
-        "options = {'mode': sys.argv[3], 'marks': sys.argv[2]}\n"
+        "options = {'mode': sys.argv[3], 'marks': sys.argv[2], 'value': float(sys.argv[4])}\n"
         "request = Request('delays', 'probe', ('2013-01',), 'run-1', 'probe', options=options)\n"
-        "runner.run(Planner('delays'), request, local.LocalProcess(on_line=lambda line: None))\n"
+        "launch = local.LocalProcess(on_line=lambda line: None, **json.loads(sys.argv[5]))\n"
+        # As Airflow's task: SIGTERM asks the launcher to stop, and the main thread goes on waiting.
+        "signal.signal(signal.SIGTERM, lambda *_: launch.stop())\n"
+        "runner.run(Planner('delays'), request, launch)\n"
     )
     here = str(Path(__file__).resolve().parent)
-    argv = [sys.executable, "-c", code, here, str(house.marks), mode]
+    argv = [sys.executable, "-c", code, here, str(house.marks), mode, str(value), json.dumps(more)]
     worker = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
     wait_for(house.marks / "started")
     (step,) = [int(p) for p in Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()]
@@ -130,6 +134,90 @@ def test_the_step_follows_its_parent(house: House) -> None:
     gone(step)
     assert house.result(house.config()).status == "interrupted"
     assert house.manifests() == []
+
+
+def saved(house: House) -> int:
+    """Return the step of the newest checkpoint."""
+    address = house.config(mode="train", value=VALUE).address
+    return int(house.store.read(f"delays/probe/{address}/checkpoints/step"))
+
+
+VALUE = 1.5  # seconds that the step saves for, in each of the next tests
+
+
+def test_a_step_that_saves_outlives_the_worker_that_told_it_to_stop(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Airflow kills the worker five seconds after SIGTERM; here at once."""
+    monkeypatch.setattr(local, "LONGEST_TMP", 500)
+    worker, step = worker_and_step(house, "train", VALUE, outlive=20)
+    folder = "delays/runs/run-1/probe-2013-01/1"
+    (scratch,) = (house.home / "var" / "tmp").iterdir()
+    before = time.monotonic()
+    worker.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    worker.kill()
+    worker.wait()
+    with local._scratch():
+        assert scratch.exists()  # another step begins here meanwhile, and takes nothing away
+    assert local._is_alive(json.loads(house.store.read(f"{folder}/{local.PROCESS}")))
+    local.wait_for_end(house.store, folder, 20)
+    assert VALUE - 0.2 < time.monotonic() - before < 10
+    gone(step)
+    result = house.result(house.config())
+    assert result.status == "interrupted" and result.error is not None
+    assert result.error.details["committed"] == saved(house) > 0
+    with local._scratch():
+        assert not scratch.exists()
+    local.wait_for_end(house.store, folder, 20)  # nothing to wait for
+
+
+def test_a_worker_that_is_not_killed_waits_for_the_saving(house: House) -> None:
+    worker, step = worker_and_step(house, "train", VALUE, outlive=20)
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(20) == 1  # Interrupted
+    gone(step)
+    assert house.result(house.config()).status == "interrupted"
+    assert saved(house) > 0
+
+
+def test_an_earlier_attempt_that_does_not_end_is_killed_by_the_next(house: House) -> None:
+    worker, step = worker_and_step(house, "deaf", outlive=20)
+    worker.kill()
+    worker.wait()
+    before = time.monotonic()
+    local.wait_for_end(house.store, "delays/runs/run-1/probe-2013-01/1", 0.5)
+    gone(step)
+    assert time.monotonic() - before < 10
+
+
+def test_a_step_that_may_not_outlive_is_killed_after_the_grace(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "GRACE_S", 0.3)
+    launch, ends = LocalProcess(on_line=lambda line: None), list[BaseException]()
+
+    def carry() -> None:
+        try:
+            go(house, launch, mode="train", value=30.0)
+        except StepVanished as e:
+            ends.append(e)
+
+    carrier = threading.Thread(target=carry)
+    carrier.start()
+    wait_for(house.marks / "started")
+    launch.stop()
+    carrier.join(20)
+    assert "killed by SIGKILL" in str(ends[0])
+
+
+def test_a_process_is_told_from_another_of_its_number(house: House) -> None:
+    mine = local._identity(os.getpid())
+    assert local._is_alive(mine)
+    assert not local._is_alive({**mine, "born": "another boot/1"})
+    assert not local._is_alive({**mine, "machine": "abcdef"})
+    assert not local._is_alive({})
+    house.store.put(f"x/{local.PROCESS}", b"[1]")
+    local.wait_for_end(house.store, "x", 20)
+    local.wait_for_end(house.store, "nothing", 20)
 
 
 def test_down_finds_a_step_that_outlived_its_worker_and_heeds_no_sigterm(

@@ -16,12 +16,13 @@ from orrery.attempts import Attempt
 from orrery.contract import STATUS_OF_CODE, VERBS, Result, StepError
 from orrery.errors import BudgetSpent, OrreryError, RequestError, UserError
 from orrery.ledger import Ledger
-from orrery.local import LocalProcess, relay
+from orrery.local import LocalProcess, relay, wait_for_end
 from orrery.log import shown
 from orrery.orchestration import links, params, retry, waiting
 from orrery.placement import placement
 from orrery.plan import Plan, Planner, Request
 from orrery.runner import history, record_skip, record_unstarted, recorded, run
+from orrery.spec import seconds
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("orrery.step")
 # Verdicts of a step that ended well and made nothing: the gate had kept the champion, there is none to score with.
 NOTHING_MADE = frozenset({"kept", "skipped"})
+# Verbs that save their state when they are told to stop, and what their ends take beside the saving.
+SAVES = frozenset({"train", "trial"})
+AFTER_SAVING_S = 3.0
 # What an event of features says beside the partition when the watch Dag found the data.
 SENSED = {"source": "sensor"}
 
@@ -180,7 +184,8 @@ class StepOperator(BaseOperator):
 
         Raises `BudgetSpent`: a worker that is killed asks no retry policy, so the limits are looked at here too.
         """
-        before, most = history(planner, request), budgets.of(self.verb, planner.spec)
+        most = budgets.of(self.verb, planner.spec)
+        before = history(planner, request, lambda folder: self._wait_for_end(planner, folder))
         task = recorded(planner.ledger, request.project, request.run, request.task)
         if over := most.over(task):
             raise BudgetSpent(
@@ -200,7 +205,7 @@ class StepOperator(BaseOperator):
         return request
 
     def _make_launcher(self, context: Context, planner: Planner) -> Any:
-        local = LocalProcess(on_line=lambda line: relay(line, _emit))
+        local = LocalProcess(on_line=lambda line: relay(line, _emit), outlive=self._outlive(planner))
         secrets = self._source_secrets(planner)
 
         def launch(plan: Plan) -> int:
@@ -209,6 +214,14 @@ class StepOperator(BaseOperator):
 
         launch.stop = local.stop  # type: ignore[attr-defined]
         return launch
+
+    def _outlive(self, planner: Planner) -> float:
+        """Return how many seconds the step may need to save its state when it is told to stop."""
+        return seconds(planner.spec.train.checkpoint.within) + AFTER_SAVING_S if self.verb in SAVES else 0.0
+
+    def _wait_for_end(self, planner: Planner, folder: str) -> None:
+        """Wait for the step of an earlier attempt whose worker is gone."""
+        wait_for_end(planner.store, folder, self._outlive(planner) + AFTER_SAVING_S)
 
     def _source_secrets(self, planner: Planner) -> dict[str, str]:
         """Return the URLs of SQL sources, from Airflow's connections, for the ingest step's environment alone."""
