@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orrery.attempts import Attempt, Budget
+from orrery.goodput import Progress
 from orrery.spec import ModelSpec
 
 CODE = 5  # bugs, and what is down outside (75): ten to twenty minutes of waiting in all, then a person is asked
@@ -94,9 +95,27 @@ def goes_on(history: Sequence[Attempt]) -> str:
         return ""
     total = max(p.total for p in came)
     step = max(a.committed for a in history)
-    lost = sum(max(p.step - max(p.committed, p.resumed), 0) * p.step_s for p in came)
+    lost = sum(map(_lost, came))
     where = f"goes on from step {step:,} of {total:,}" if step else f"begins again with step 1 of {total:,}"
     return f"{where} ({lost:,.0f} s of work lost so far)"
+
+
+def summary(history: Sequence[Attempt]) -> str:
+    """Return what a step's attempts came to, for who reads of it afterwards; empty when the first one did it."""
+    used = spent(history)
+    if not used:
+        return ""
+    parts = [f"{word} {used[b]} {'time' if used[b] == 1 else 'times'}" for b, (word, _) in SAID.items() if used[b]]
+    last = max(history, key=lambda a: a.number)
+    lost = sum(_lost(a.progress) for a in history if a.progress)
+    parts += [f"{lost:,.0f} s of work lost"] if lost else []
+    moved = f"; on {last.compute}: {last.placed}" if last.placed else ""
+    return f"{last.number} attempts: {', '.join(parts)}{moved}"
+
+
+def _lost(came: Progress) -> float:
+    """Return the seconds of work of one attempt that no checkpoint holds."""
+    return max(came.step - max(came.committed, came.resumed), 0) * came.step_s
 
 
 def sentence(number: int, budgets: Budgets, history: Sequence[Attempt]) -> str:

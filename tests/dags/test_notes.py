@@ -47,6 +47,30 @@ def test_a_note_tells_how_each_step_ended_at_last(tmp_path: Path, monkeypatch: p
     assert note("flight_delay", "s") == "ingest 2013-04: done"
 
 
+def test_a_note_tells_what_the_attempts_before_came_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from orrery.attempts import Attempt
+    from orrery.goodput import Progress
+    from orrery.orchestration.notes import note
+
+    monkeypatch.setenv("ORRERY_LEDGER", f"sqlite:///{tmp_path}/ledger.db")
+    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
+    came = Progress(began=0, now=1, step=130, committed=100, total=500, step_s=2.0)
+    more = {"compute": "cpu-large", "placed": "8 min are left"}
+    for number, cause, rest in (
+        (1, "interrupted", {"progress": came}),
+        (2, "lost", {}),
+        (3, "lost", {}),
+        (4, None, more),
+    ):
+        attempt = Attempt(number=number, cause=cause, started="2026-01-01T00:00:00+00:00", **rest)  # type: ignore[arg-type]
+        payload = {"verb": "train", "key": "w", "status": "bug" if cause else "done", "verdict": None, "skipped": None}
+        payload |= {"attempt": attempt.model_dump(mode="json"), "folder": "f"} | ({"error": "x"} if cause else {})
+        ledger.record("p", "run", f"p/runs/r/train-w/{number}", "done", "ada", payload)
+    assert note("p", "r") == (
+        "train w: 4 attempts: interrupted 1 time, lost 2 times, 60 s of work lost; on cpu-large: 8 min are left"
+    )
+
+
 def test_buttons_point_to_mlflow_or_to_the_evidence_of_the_dag() -> None:
     from orrery.orchestration.links import urls
 
@@ -64,6 +88,7 @@ def test_buttons_point_to_mlflow_or_to_the_evidence_of_the_dag() -> None:
         ("evaluate", "link_curves", "/orrery/evidence/p.d/p/runs/r/t-k/1/evidence/curves.html"),
         ("report", "link_evidently_report", "/orrery/evidence/p.d/p/runs/r/t-k/1/evidence/evidently.html"),
         ("train", "link_mlflow_run", "/orrery/mlflow/p.d/run/p/runs/r/t-k/1"),
+        ("train", "link_attempts", "/dags/p.d/runs/manual__2013-04-02T06%3A10%2B00%3A00/plugin/orrery-verdict"),
         ("promote", "link_mlflow_model", "/orrery/mlflow/p.d/version/p/runs/r/t-k/1"),
         ("gate", "link_verdict", "/dags/p.d/runs/manual__2013-04-02T06%3A10%2B00%3A00/plugin/orrery-verdict"),
         ("monitor", "link_health", "/orrery/evidence/p.d/p/runs/r/t-k/1/evidence/health.html"),
@@ -89,11 +114,14 @@ def test_a_button_has_its_url_when_its_step_is_launched(
     monkeypatch.setattr(operators, "run", run)
     task = operators.StepOperator(task_id=verb, project="p", verb=verb)
     monkeypatch.setattr(type(task), "_make_launcher", lambda *a: None)
+    monkeypatch.setattr(type(task), "_next_attempt", lambda self, context, planner, request: request)
     task._one(context, None, None)
     assert pushed[key] == url
 
 
-@pytest.mark.parametrize(("verb", "on"), [("validate", set()), ("train", set()), ("gate", {"link_verdict"})])
+@pytest.mark.parametrize(
+    ("verb", "on"), [("validate", set()), ("train", {"link_attempts"}), ("gate", {"link_verdict"})]
+)
 def test_a_step_that_is_skipped_has_no_button_for_what_it_does_not_make(
     verb: str, on: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +135,7 @@ def test_a_step_that_is_skipped_has_no_button_for_what_it_does_not_make(
     monkeypatch.setattr(operators, "run", lambda planner, request, launch, started: Result(skipped="unchanged"))
     task = operators.StepOperator(task_id=verb, project="p", verb=verb)
     monkeypatch.setattr(type(task), "_make_launcher", lambda *a: None)
+    monkeypatch.setattr(type(task), "_next_attempt", lambda self, context, planner, request: request)
     task._one(context, None, SimpleNamespace(key="k"))
     assert set(pushed) == on
 

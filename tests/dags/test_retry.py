@@ -107,3 +107,15 @@ def test_airflow_shows_the_counts_by_clear(book: Ledger) -> None:
     assert told["task_state_store"] == {
         "clear-1.interruptions": "1 of 2", "clear-1.losses": "1 of 1", "clear-1.code": "0 of 1",
     }  # fmt: skip
+
+
+def test_the_verdict_tab_tells_what_was_used_while_it_goes_on_and_what_it_came_to(book: Ledger) -> None:
+    from orrery.orchestration.web.verdict import Run, Task, read
+
+    record(book, "interrupted", "lost", "interrupted")
+    going = Run("toy", "toy.train", "r", RUN, "running", tasks=(Task("train", "running", 4),))
+    (step,) = read(book, going)["steps"]
+    assert step["tried"] == "interrupted 2 of 20 times, lost 1 of 5 times"
+    ended = Run("toy", "toy.train", "r", RUN, "failed", tasks=(Task("train", "failed", 3),))
+    (step,) = read(book, ended)["steps"]
+    assert step["tried"] == "3 attempts: interrupted 2 times, lost 1 time"

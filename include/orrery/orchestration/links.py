@@ -109,9 +109,20 @@ class VerdictLink(ResultLink):
         return addresses.verdict(dag_id, run_id)
 
 
+class AttemptsLink(ResultLink):
+    """How often a training was interrupted, what that cost, and where it goes on: in the run's own tab."""
+
+    result_key = "Attempts"
+    of_attempt = False
+
+    def known(self, dag_id: str, run_id: str, attempt: str) -> str:
+        """Return the tab's address."""
+        return addresses.verdict(dag_id, run_id)
+
+
 BY_VERB: dict[str, tuple[type[ResultLink], ...]] = {
     "validate": (DataDocsLink,),
-    "train": (MLflowRunLink,),
+    "train": (MLflowRunLink, AttemptsLink),
     "evaluate": (CurvesLink,),
     "gate": (VerdictLink,),
     "register": (ModelVersionLink,),

@@ -18,6 +18,8 @@ from orrery.orchestration.params import first_name, run_name
 if TYPE_CHECKING:
     from airflow.models.dagrun import DagRun
 
+    from orrery.ledger import Entry
+
 log = logging.getLogger("orrery.notes")
 MAX_LENGTH = 900  # Airflow's column takes 1000
 MARK = "\n— Orrery"  # ends our part
@@ -76,12 +78,15 @@ def merged(before: str | None, text: str) -> str:
 
 def note(project: str, run: str) -> str:
     """Return the note for a run, from the ledger: how each of its steps ended at last, if that says something."""
-    from orrery import platform
+    from orrery import attempts, budgets, platform
     from orrery.ledger import Ledger
 
     prefix = f"{project}/runs/{run}/"
     entries = Ledger(platform.load().ledger).find(project, "run", prefix=prefix)
     last: dict[tuple[str, str], dict[str, Any]] = {}
+    tried: dict[tuple[str, str], list[Entry]] = {}
+    for entry in entries:
+        tried.setdefault((entry.payload["verb"], entry.payload["key"]), []).append(entry)
     for p in (entry.payload for entry in entries):
         last.pop((p["verb"], ""), None)  # refused before it was known on what; tried again since
         last[p["verb"], p["key"]] = p
@@ -92,7 +97,9 @@ def note(project: str, run: str) -> str:
     wrong = [f"{verb} {key}".strip() + f": {p.get('error', p['status'])}" for (verb, key), p in last.items() if _red(p)]
     well = [(verb, key, p) for (verb, key), p in last.items() if verb in TOLD and not _red(p)]
     well.sort(key=lambda told: TOLD.index(told[0]))
-    return "\n".join([*wrong, *(line for verb, key, p in well for line in _lines(verb, key, p))])
+    again = {f"{verb} {key}": budgets.summary(attempts.of(found)) for (verb, key), found in tried.items() if key}
+    lines = [*wrong, *(line for verb, key, p in well for line in _lines(verb, key, p))]
+    return "\n".join([*lines, *(f"{step}: {text}" for step, text in again.items() if text)])
 
 
 def _red(p: dict[str, Any]) -> bool:

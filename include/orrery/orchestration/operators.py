@@ -159,6 +159,7 @@ class StepOperator(BaseOperator):
         return {"version": registered.get("facts", {}).get("model_version", "none")}
 
     def _one(self, context: Context, planner: Planner, request: Request) -> Result:
+        self._push_known(context)
         request = self._next_attempt(context, planner, request)
         told = Told(request)
         self._told.append(told)
@@ -172,7 +173,6 @@ class StepOperator(BaseOperator):
             self._push_known(context, plan.config.folder)
 
         self._launcher = self._make_launcher(context, planner)
-        self._push_known(context)
         result = told.result = run(planner, request, self._launcher, started)
         if result.skipped:
             log.info("%s %s: skipped, %s", self.verb, request.key, result.skipped)

@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orrery import requests
-from orrery.attempts import folder_of
+from orrery import attempts, budgets, platform, requests
+from orrery.attempts import Attempt, folder_of
+from orrery.budgets import Budgets
 from orrery.contract import Result
+from orrery.errors import OrreryError
 from orrery.ledger import Entry, Ledger
 from orrery.orchestration import links
+from orrery.spec import load_model
 
 # The order in which a run's tasks are told; what is not named comes last.
 ORDER = (
@@ -80,6 +83,9 @@ def read(book: Ledger, run: Run) -> dict[str, Any]:
         if re.fullmatch("(-[0-9a-f]{8})?", e.key.removeprefix(name))  # runner._intend's names
     ]
     steps = _steps(run, _last(entries))
+    for step in steps:
+        mine = [e for e in entries if (e.payload.get("verb"), e.payload.get("key")) == (step["verb"], step["key"])]
+        step["tried"] = _tried(run.project, step["verb"], attempts.of(mine), step["again"])
     live = run.state not in ENDED
     return {
         "project": run.project,
@@ -133,14 +139,14 @@ def _step(run: Run, entry: Entry, task: Task | None) -> dict[str, Any]:
     elif p.get("verdict"):
         outcome = str(p["verdict"])
     again = task is not None and task.state in ("running", "up_for_retry", "queued", "scheduled", "restarting")
-    attempts = [s for s in folder_of(p).rsplit("/", 1)[-1:] if s.isdecimal()]
+    number = folder_of(p).rpartition("/")[2]
     return {
         "verb": str(p.get("verb", "")),
         "key": str(p.get("key", "")),
         "state": (task.state if task else "") or "",
         "outcome": outcome,
         "again": again and p.get("status") != "done",
-        "attempt": int(attempts[0]) if attempts else 1,
+        "attempt": int(number) if number.isdecimal() else 1,
         "seconds": (p.get("seconds") or {}).get("total"),
         "skipped": str(p.get("skipped") or ""),
         "error": str(p.get("error") or ""),
@@ -148,6 +154,17 @@ def _step(run: Run, entry: Entry, task: Task | None) -> dict[str, Any]:
         "metrics": {k: v for k, v in (p.get("metrics") or {}).items() if isinstance(v, int | float)},
         "links": links.shown(Result(links=dict(p.get("links") or {})), run.dag_id),
     }
+
+
+def _tried(project: str, verb: str, history: Sequence[Attempt], going: bool) -> str:
+    """Return what the attempts came to; while it goes on, of how many that may be, and where the next one goes on."""
+    if not going:
+        return budgets.summary(history)
+    try:
+        most = budgets.of(verb, load_model(platform.project_folder(project)))
+    except OrreryError:  # the project is gone, or being edited
+        most = Budgets()
+    return ", ".join(part for part in (most.told(history), budgets.goes_on(history)) if part)
 
 
 def _waiting(task: Task) -> dict[str, Any]:
