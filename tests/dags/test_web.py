@@ -183,6 +183,22 @@ def test_the_model_tab_says_what_the_ledger_says(house: House) -> None:
     assert "v1</text>" in text and "v3</text>" in text
 
 
+def test_the_model_tab_says_what_trainings_cost(house: House) -> None:
+    text, data = house.get(MODEL).text, house.get(f"/orrery/api/dags/{TRAIN}/model").json()
+    rows = data["costs"]  # the newest first: the one that waits, the one that was kept, versions 3, 2 and 1
+    assert sorted(v for c in rows for v in c["versions"]) == ["1", "2", "3", "4"]
+    second, third = (next(c for c in rows if v in c["versions"]) for v in "23")
+    assert second["attempts"] == 4 and second["causes"] == {"interrupted": 3}
+    assert second["steps"] == {"kept": 4 * 2900, "done": 4 * 2900 + 300}
+    assert 0.8 < second["goodput"] < 0.95 and second["seconds"]["lost"] == pytest.approx(3 * (0.39 * 100 + 13))
+    assert second["saved"] > second["cost"]  # a third of the price, little lost
+    assert third["classes"] == ["gpu-small", "gpu-large"] and 0 < third["saved"] < second["saved"]
+    first = next(c for c in rows if "1" in c["versions"])
+    assert (first["cost"], first["unpriced"], first["saved"]) == (None, 1, None)
+    assert "4 (3 interrupted)" in text and f"{100 * second['goodput']:.1f} %" in text
+    assert text.count('class="bar"') == len(rows) == 5 and text.count('class="part lost"') == 1 + 2
+
+
 def test_the_ledger_is_paged_to_its_end_and_each_entry_comes_once(house: House) -> None:
     seen: list[int] = []
     before = None
@@ -375,6 +391,10 @@ def test_hostile_texts_of_the_ledger_are_shown_as_texts(tmp_path: Path) -> None:
     requests.submit(book, PROJECT, window=EVIL, source="ui", by=EVIL, why=EVIL, id=EVIL)
     alert = alerts.Alert("late", EVIL, PROJECT, EVIL, "critical", EVIL, "https://x/" + EVIL)
     alerts.settle(book, PROJECT, [alert], (EVIL,), [])
+    training = {"verb": "train", "key": EVIL, "status": EVIL, "folder": f"{PROJECT}/runs/r{EVIL}/train/1"}
+    training |= {"attempt": web_house.spent("2", 1, 1) | {"compute": EVIL, "placed": EVIL}}
+    book.record(PROJECT, "run", f"t{EVIL}", "done", EVIL, training)
+    book.record(PROJECT, "run", f"g{EVIL}", "done", EVIL, {"verb": "register", "version": EVIL, "model": EVIL})
     seen = SimpleNamespace(owner=EVIL)
     found = model.read(book, PROJECT, {"r": (EVIL, EVIL)})
     text = bytes(pages.render("model.html", seen=seen, rollback_dag=EVIL, may_roll_back=True, **found).body).decode()

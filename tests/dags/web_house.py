@@ -15,6 +15,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -150,16 +151,14 @@ VERSIONS = ("1", "1", "2", "2", "2", "3", "3", "3", "3")
 
 def plant(book: Any, project: str = PROJECT) -> None:
     """Write a year into the ledger: promotions, a rollback, the health of nine months, requests, an open question."""
-    from datetime import UTC, datetime, timedelta
-
     from orrery import alerts, approvals, requests
     from orrery.spec import Approval
     from orrery.store import Manifest
 
-    def step(run: str, verb: str, key: str, **more: Any) -> None:
-        folder = f"{project}/runs/{run}/{verb}-{key}/1"
+    def step(run: str, verb: str, key: str, number: int = 1, **more: Any) -> None:
+        folder = f"{project}/runs/{run}/{verb}-{key}/{number}"
         payload = {
-            "verb": verb, "key": key, "attempt": folder, "status": "done", "verdict": None, "skipped": None,
+            "verb": verb, "key": key, "folder": folder, "status": "done", "verdict": None, "skipped": None,
             "seconds": {"total": 3.2}, "metrics": {}, "reasons": [], "links": {}, "facts": {}, **more,
         }  # fmt: skip
         book.record(project, "run", folder, "done", "airflow (asset_triggered)", payload)
@@ -173,8 +172,12 @@ def plant(book: Any, project: str = PROJECT) -> None:
         requests.take(book, project, asked.window, run)
         for key in ("a", "b"):
             step(run, "materialize", f"{window[:7]}-{key}", skipped="unchanged since 2013-04-02: same code", seconds={})
+        gone = {"1": 0, "2": 3, "3": 1}.get(version or "", 0)
+        for number in range(1, gone + 1):
+            step(run, "train", window, number, status="interrupted", attempt=spent(version, number, gone))
         step(
-            run, "train", window, metrics={"fit_loss": 0.4211, "tune_loss": 0.4301, "epochs": 12.0, "rows": 68211.0},
+            run, "train", window, gone + 1, attempt=spent(version, gone + 1, gone),
+            output=f"{project}/train/{version or run}/manifest.json", metrics={"fit_loss": 0.4211, "tune_loss": 0.4301, "epochs": 12.0, "rows": 68211.0},
             links={"MLflow run": "http://127.0.0.1:9/#/experiments/1/runs/abc"}, seconds={"total": 48.4},
         )  # fmt: skip
         curves = f"{project}/runs/{run}/evaluate-{window}/1/evidence/curves.html"
@@ -252,11 +255,30 @@ def plant(book: Any, project: str = PROJECT) -> None:
          error="flights of 2013-12: 4 checks fail: distance is outside of 0 … 6000 in 812 rows, such as -1")  # fmt: skip
 
 
+def spent(version: str | None, number: int, gone: int) -> dict[str, Any]:
+    """Return what the ledger keeps of an attempt: `gone` were interrupted, then one was done. Version 1 has no price."""
+    began, last = 1365000000.0 + 100_000 * int(version or 9) + 4000 * number, number > gone
+    resumed, step = 2900 * (number - 1), 2900 * number + (0 if last else 100)
+    seconds = {"step": 0.4 * (step - resumed), "checkpoint": 6.0, "evaluate": 90.0}
+    now = began + sum(seconds.values())
+    progress = {"began": began, "now": now, "resumed": resumed, "step": step, "committed": 2900 * number,
+                "total": 20000, "step_s": 0.39, "seconds": seconds}  # fmt: skip
+    firm = version == "3" and last  # its deadline came near: on the fallback class
+    return {
+        "number": number, "cause": None if last else "interrupted", "compute": "gpu-large" if firm else "gpu-small",
+        "spot": not firm, "price_per_hour": 0.0 if version == "1" else 2.7 if firm else 0.9, "queued_s": 35.0 * number,
+        "started": datetime.fromtimestamp(began - 48, UTC).isoformat(), "wall_s": now - began + 61,
+        "resumed": resumed, "committed": 2900 * number, "progress": progress,
+    }  # fmt: skip
+
+
 def _asking(book: Any, project: str, run: str, step: Any, terms: Any, manifest: Any, approvals: Any, now: Any, delta: Any) -> None:  # fmt: skip
     """Plant a candidate that passed the gate and waits for a person: version 4, registered, not promoted."""
     window = RUNS["asking"][3]
     step(run, "gate", window, verdict="promote", reasons=["better than the champion of 2013-05..2013-07: auc better by +0.0214"])  # fmt: skip
-    step(run, "register", window, version="4", model=f"{project}/train/4/manifest.json", facts={"model_version": "4"})
+    step(
+        run, "register", window, version="4", model=f"{project}/train/{run}/manifest.json", facts={"model_version": "4"}
+    )
     verdict = manifest(project=project, verb="gate", key=window, address="4", digest="d", files={})
     approvals.ask(
         book, project, run=run, window=window, verdict=verdict, candidate="c", terms=terms,

@@ -10,7 +10,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
-from orrery import alerts, approvals, platform, requests
+from orrery import alerts, approvals, cost_report, costs, platform, requests
 from orrery.errors import OrreryError
 from orrery.ledger import Entry, Ledger, unfinished
 from orrery.orchestration.web.verdict import STATUS
@@ -18,6 +18,7 @@ from orrery.spec import METRICS, PRIMARY, ModelSpec, load_model
 
 PARTITIONS = 36  # shown of the health; three years of months
 DECISIONS, ALERTS, PAGE = 12, 8, 25
+TRAININGS, ATTEMPTS = 10, 400  # shown of the costs, and how many attempts are read to find them
 # Health decisions read to find the latest of each partition: cleared and repeated runs decide again.
 DECIDED = 4 * PARTITIONS
 HEALTH = (
@@ -50,6 +51,7 @@ def read(
         "history": [_change(e, runs) for e in reversed(changes) if e.phase == "done"],
         "unfinished": [_change(e, runs) for e in unfinished(changes)],
         "health": health,
+        "costs": _costs(book, project, spec),
         "challenger": _challenger(book, project, champion.version if champion else None),
         "approvals": _questions(questions, runs),
         "answers": [_answer(e, runs) for e in reversed(questions) if e.phase == "done"][:ALERTS],
@@ -122,6 +124,20 @@ def _healthy(partition: str, entry: Entry) -> dict[str, Any]:
         "primary": _text(facts.get("primary")),
         **{name: metrics.get(name) for name in HEALTH},
     }
+
+
+def _costs(book: Ledger, project: str, spec: ModelSpec | None) -> list[dict[str, Any]]:
+    """Return the latest trainings, the newest first: where their time went and what they cost."""
+    made = {str(e.payload.get("version", "")): str(e.payload.get("model", "")) for e in _registered(book, project)}
+    found = costs.trainings(costs.read(book.recent(project, "run", phase="done", verb="train", limit=ATTEMPTS)))
+    prices = costs.rates(platform.load(), spec.train.spot.fallback if spec else None)
+    rows = cost_report.trainings(found, prices, {**made, **book.versions(project)})
+    return rows[: -TRAININGS - 1 : -1]
+
+
+def _registered(book: Ledger, project: str) -> list[Entry]:
+    entries = book.recent(project, "run", phase="done", verb="register", limit=ATTEMPTS)
+    return [e for e in reversed(entries) if "version" in e.payload]
 
 
 def _challenger(book: Ledger, project: str, champion: str | None) -> dict[str, Any] | None:

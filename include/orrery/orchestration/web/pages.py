@@ -12,7 +12,8 @@ from fastapi import Response
 from fastapi.responses import HTMLResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from orrery.orchestration.web import addresses, chart
+from orrery import cost_text
+from orrery.orchestration.web import addresses, bars, chart
 from orrery.orchestration.web.verdict import tone
 
 HERE = Path(__file__).resolve().parent
@@ -54,8 +55,17 @@ def _environment() -> Environment:
         "tone": tone,
         "share": share,
         "metric": metric,
+        "money": cost_text.money,
+        "counted": cost_text.counted,
+        "of_time": cost_text.of_time,
     }
-    env.globals |= {"static": static_url, "to": addresses, "chart": chart.svg}
+    env.globals |= {
+        "static": static_url,
+        "to": addresses,
+        "chart": chart.svg,
+        "bar": bars.svg,
+        "parts": cost_text.PARTS,
+    }
     return env
 
 
