@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import subprocess
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("orrery.sagemaker")
 RUNS = ("train", "trial")
 SUBMIT_S = 180.0
+SAVING_S = 150.0  # SageMaker gives a job that is stopped two minutes
+LOOK_S = 5.0
 CONSOLE = "https://{region}.console.aws.amazon.com/sagemaker/home?region={region}#/jobs/{job}"
 
 
@@ -73,6 +76,18 @@ class SageMakerStepOperator(StepOperator):
 
     def _make_launcher(self, context: Context, planner: Planner) -> Any:
         return JobLauncher(planner, self._told[-1].request)
+
+    def _wait_for_end(self, planner: Planner, folder: str) -> None:
+        """Wait for a job that was told to stop and is saving: the next attempt goes on from what it saves."""
+        settings = planner.platform.compute_class(self.compute).sagemaker
+        slot = jobs.slot(planner.store.uri, folder)
+        until, number = time.monotonic() + SAVING_S, folder.rpartition("/")[2]
+        while time.monotonic() < until:
+            there = client.running(slot, settings.region if settings else None)
+            if not any(s == "Stopping" and jobs.attempt_of(j, slot) == number for j, s in there.items()):
+                return
+            log.info("the job of attempt %s is being stopped: waiting for its end", number)
+            time.sleep(LOOK_S)
 
     def _conclude(self, context: Context, planner: Planner, request: Request, event: dict[str, Any]) -> Result:
         """Judge the job by what it left, and record the attempt."""
