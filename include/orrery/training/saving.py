@@ -27,10 +27,10 @@ from orrery.training import staging, tensorfiles
 from orrery.training.background import TIMEOUT, Background, text
 from orrery.training.checkpoints import Checkpoints
 from orrery.training.place import Place
-from orrery.training.staging import Staging
+from orrery.training.staging import Staging, Stored
 
 BEST = "best"
-Versions: TypeAlias = dict[str, tuple[weakref.ref[Tensor], int]]  # which tensors, how often changed in place
+Versions: TypeAlias = dict[str, tuple[weakref.ref[Stored], int]]  # which tensors, how often changed in place
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Saver(Protocol):
     def begin(self, step: int, tensors: dict[str, Any], shared: dict[str, Any], own: dict[str, Any]) -> None:
         """Begin to save: waits for a save under way, copies, returns. Then the tensors may change again.
 
-        `tensors` and `shared` have the same keys on all ranks, `own` is this rank's. A tensor that is no DTensor is
-        the same on all ranks.
+        `tensors` and `shared` have the same keys on all ranks, `own` is this rank's. A tensor that is neither
+        DTensor nor Fragment is the same on all ranks.
         """
         ...
 
@@ -85,7 +85,7 @@ class Snapshot:
     own: dict[str, Any]
     values: list[tuple[staging.Path, Any]]
     paths: dict[str, staging.Path]  # of all tensors
-    live: dict[str, Tensor]  # what this process writes: for their shapes only
+    live: dict[str, Stored]  # what this process writes: for their shapes only
     staged: dict[str, Tensor]
     signature: str
     best: Versions
@@ -93,7 +93,7 @@ class Snapshot:
 
 
 class ShardedSaver(Background):
-    """Saves what is whole or sharded (DTensor) by torch's distributed checkpoints; it reshards when loading."""
+    """Saves what is whole or sharded by torch's distributed checkpoints; they reshard when loading."""
 
     kind = "sharded"
 
@@ -197,7 +197,7 @@ class ShardedSaver(Background):
             return self.locate(saved, paths, name)
 
         index: dict[str, Any] = {}
-        flat: dict[str, Tensor] = {}
+        flat: dict[str, Stored] = {}
 
         def prepare() -> None:
             index.update(json.loads(locate(f"{saved.name}/{tensorfiles.INDEX}").read_text()))
@@ -210,7 +210,7 @@ class ShardedSaver(Background):
                 dcp.load(
                     flat, storage_reader=tensorfiles.Reader(index, locate), process_group=self.group,
                     no_dist=self.group is None,
-                    planner=dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                    planner=tensorfiles.InPlacePlanner(),
                 )  # fmt: skip
             except CheckpointException as e:
                 raise OrreryError(f"checkpoint {saved.name} cannot be read: {text(e)}") from None
@@ -224,7 +224,7 @@ class ShardedSaver(Background):
         return Loaded(saved.step, saved.shared, own, saved.world, self.checkpoints.path(f"{saved.name}.json"))
 
 
-def _targets(tree: dict[str, Any], index: dict[str, Any], name: str) -> dict[str, Tensor]:
+def _targets(tree: dict[str, Any], index: dict[str, Any], name: str) -> dict[str, Stored]:
     """Return what is to be filled, by name; makes what the tree lacks, and takes out best weights that are not there.
 
     Raises `OrreryError` for a tensor that the checkpoint lacks.
@@ -242,7 +242,7 @@ def _targets(tree: dict[str, Any], index: dict[str, Any], name: str) -> dict[str
     return present
 
 
-def _refuse_others(flat: dict[str, Tensor], index: dict[str, Any], name: str) -> None:
+def _refuse_others(flat: dict[str, Stored], index: dict[str, Any], name: str) -> None:
     for key, tensor in flat.items():
         entry = index["tensors"][key]
         there, here = (entry["dtype"], entry["shape"]), (tensorfiles.DTYPES.get(tensor.dtype), list(tensor.shape))
@@ -252,7 +252,7 @@ def _refuse_others(flat: dict[str, Tensor], index: dict[str, Any], name: str) ->
             )
 
 
-def _versions(tensors: dict[str, Tensor]) -> Versions:
+def _versions(tensors: dict[str, Stored]) -> Versions:
     return {key: (weakref.ref(t), staging.local(t)._version) for key, t in tensors.items()}
 
 

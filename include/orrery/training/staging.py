@@ -5,13 +5,74 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
 Path: TypeAlias = tuple[str | int | tuple[int], ...]  # keys of dicts, and (i,) for the i-th of a list
+
+
+@dataclass(eq=False)
+class Fragment:
+    """A run of a flattened tensor of `numel` elements, from `start` on: what one process has of it under ZeRO.
+
+    `flat` [n] may be empty. The fragments of all processes together are the whole, without overlap. DCP sees a
+    one-dimensional tensor in chunks, through the two methods that it asks for.
+    """
+
+    flat: Tensor
+    start: int
+    numel: int
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the whole."""
+        return torch.Size((self.numel,))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the elements."""
+        return self.flat.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole."""
+        return self.numel * int(self.flat.itemsize)
+
+    def detach(self) -> Fragment:
+        """Return the same run without its history."""
+        return Fragment(self.flat.detach(), self.start, self.numel)
+
+    def clone(self) -> Fragment:
+        """Return a copy of the run."""
+        return Fragment(self.flat.clone(), self.start, self.numel)
+
+    def copy_(self, other: Fragment) -> Fragment:
+        """Take over the elements of the same run."""
+        self.flat.copy_(other.flat)
+        return self
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        chunk = ChunkStorageMetadata(torch.Size((self.start,)), self.flat.shape)
+        return [chunk] if len(self.flat) else []
+
+    def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
+        properties = TensorProperties(dtype=self.dtype)
+        return [
+            WriteItem(
+                MetadataIndex(fqn, chunk.offsets), WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk, properties, self.shape),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]  # fmt: skip
+
+
+Stored: TypeAlias = Tensor | Fragment
 
 
 def name(path: Path) -> str:
@@ -24,17 +85,17 @@ def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     if isinstance(tree, dict):
         for key, value in tree.items():
             yield from leaves(value, (*path, key))
-    elif isinstance(tree, list) and any(isinstance(value, dict | list | Tensor) for value in tree):
+    elif isinstance(tree, list) and any(isinstance(value, dict | list | Stored) for value in tree):
         for i, value in enumerate(tree):
             yield from leaves(value, (*path, (i,)))
     else:
         yield path, tree
 
 
-def tensors_and_values(tree: dict[str, Any]) -> tuple[dict[Path, Tensor], dict[Path, Any]]:
+def tensors_and_values(tree: dict[str, Any]) -> tuple[dict[Path, Stored], dict[Path, Any]]:
     """Return the tensors and the other leaves, each by path."""
     found = dict(leaves(tree))
-    tensors = {path: value for path, value in found.items() if isinstance(value, Tensor)}
+    tensors = {path: value for path, value in found.items() if isinstance(value, Stored)}
     return tensors, {path: value for path, value in found.items() if path not in tensors}
 
 
@@ -61,26 +122,28 @@ def put(tree: Any, path: Path, value: Any) -> None:
         tree[last] = tuple(value) if isinstance(tree.get(last), tuple) else value
 
 
-def local(tensor: Tensor) -> Tensor:
+def local(tensor: Stored) -> Tensor:
     """Return this process's part of a tensor, without its history."""
+    if isinstance(tensor, Fragment):
+        return tensor.flat.detach()
     own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return own.detach()
 
 
-def signature(tensors: dict[Path, Tensor], values: dict[Path, Any]) -> str:
+def signature(tensors: dict[Path, Stored], values: dict[Path, Any]) -> str:
     """Return a digest of names, types and shapes: what all processes have to agree on."""
     rows = [f"{name(p)} {t.dtype} {tuple(t.shape)}" for p, t in tensors.items()] + [name(p) for p in values]
     return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()
 
 
-def share(tensors: dict[Path, Tensor], rank: int, world: int) -> list[Path]:
+def share(tensors: dict[Path, Stored], rank: int, world: int) -> list[Path]:
     """Return what process `rank` of `world` writes: its part of every sharded tensor, and some of the whole ones.
 
     Whole tensors are the same everywhere, so each is copied and written by one process; the bytes come out even.
     """
     mine, load = [], [0] * world
     for path, tensor in sorted(tensors.items(), key=lambda item: (-item[1].nbytes, name(item[0]))):
-        if isinstance(tensor, DTensor):
+        if isinstance(tensor, DTensor | Fragment):
             mine.append(path)
             continue
         owner = min(range(world), key=load.__getitem__)
@@ -96,7 +159,7 @@ class Staging:
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
-    def copy(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    def copy(self, tensors: Iterable[tuple[str, Stored]]) -> dict[str, Tensor]:
         """Copy this process's part of each tensor; they may change as soon as this returns."""
         copies: dict[str, Tensor] = {}
         on_device = False

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultSavePlanner, StorageReader, StorageWriter
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, StorageReader, StorageWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -29,6 +29,7 @@ from torch.futures import Future
 
 from orrery.store import File
 from orrery.training.checkpoints import Checkpoints
+from orrery.training.staging import local
 
 INDEX = "index.json"
 # Names of the safetensors format, https://github.com/huggingface/safetensors#format
@@ -72,6 +73,20 @@ class StagedPlanner(DefaultSavePlanner):  # type: ignore[misc, unused-ignore]
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         """Return this process's copy of a tensor."""
         return self.staged[index.fqn]
+
+
+class InPlacePlanner(DefaultLoadPlanner):  # type: ignore[misc, unused-ignore]
+    """Plans what this process needs for its tensors and fragments as they are, and names where it goes."""
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        """Take the tensors by name, and what is stored of them."""
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        """Return this process's part of a tensor."""
+        return local(self.state_dict[index.fqn])
 
 
 class Writer(StorageWriter):
