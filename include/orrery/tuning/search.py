@@ -35,6 +35,7 @@ class Search:
     _launchers: list[LocalProcess] = field(default_factory=list, init=False)
     _stopped: bool = field(default=False, init=False)
     _done: dict[int, Result] = field(default_factory=dict, init=False)
+    _told: set[str] = field(default_factory=set, init=False)
     _began: float = field(default_factory=time.monotonic, init=False)
 
     def run(self) -> Result:
@@ -80,7 +81,8 @@ class Search:
         left = count - len(self._done)
         if not fresh or not left:
             return ""
-        return f"; about {max(1, round((time.monotonic() - self._began) / fresh * left / 60))} min left"
+        seconds = (time.monotonic() - self._began) / fresh * left
+        return f"; about {seconds / 60:.0f} min left" if seconds >= 90 else f"; about {seconds:.0f} s left"
 
     def _trial(self, number: int) -> Result:
         """Run one trial to its end, in as many attempts as it takes."""
@@ -105,7 +107,8 @@ class Search:
         """Return what is done with a trial's log: warnings are shown; the rest of several at once would be noise."""
 
         def emit(level: int, event: str, fields: dict[str, Any]) -> None:
-            if level >= logging.WARNING:
+            if level >= logging.WARNING and event not in self._told:  # what all trials say is said once
+                self._told.add(event)
                 self.say(f"trial {number}: {event}")
 
         return emit
