@@ -38,6 +38,7 @@ class Attempt(BaseModel):
     placed: str = Field("", description="Why it ran on another class than the spec's.")
     spot: bool = False
     price_per_hour: float = 0.0
+    address: str = Field("", description="Where its output is committed: attempts of all runs with one go on together.")
     started: str = Field(description="When the orchestrator began with it, ISO 8601 in UTC.")
     wall_s: float = Field(0.0, description="From `started` to its end; of a lost one, to its last sign of life.")
     queued_s: float = Field(

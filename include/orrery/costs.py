@@ -149,8 +149,8 @@ def read(entries: Iterable[Entry], *verbs: str) -> list[Spent]:
         if not isinstance(p.get("attempt"), dict) or p.get("skipped") or (verbs and p.get("verb") not in verbs):
             continue
         run, slot = (folder[2], folder[3]) if len(folder) > 4 else (entry.key, "")
-        address = str(p.get("address") or _address(str(p.get("output") or "")))
         attempt = Attempt.model_validate(p["attempt"])
+        address = attempt.address or _address(str(p.get("output") or ""))
         found.append(Spent(str(p.get("verb", "")), str(p.get("key", "")), run, slot, address, attempt))
     return sorted(found, key=lambda s: s.attempt.started)
 

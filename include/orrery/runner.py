@@ -81,6 +81,7 @@ def _carry(planner: Planner, request: Request, launch: Launcher, started: Callab
     if plan.done is not None:
         _record(planner, request, plan, plan.done, attempts.ended(attempt, plan.done, None, time.monotonic() - clock))
         return plan.done
+    attempt = attempt.model_copy(update={"address": plan.config.address or ""})
     intent = _intend(planner, request, plan) if request.verb in CHANGES else None
     attempts.write(planner.store, plan.config.folder, attempt)
     prepare(plan, planner.store)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from core_house import SPEC, House
+from core_house import SPEC, House, go
 from cost_house import T0, attempt, record
 
 from orrery import costs, effort, platform
@@ -84,7 +84,7 @@ def test_a_class_without_a_price_is_never_free(book: Ledger) -> None:
 
 
 def test_runs_that_share_a_fingerprint_share_a_training(book: Ledger) -> None:
-    record(book, attempt(steps=(0, 100, 90)), 1, run="r1", address="a1", output="p/train/a1/manifest.json")
+    record(book, attempt(steps=(0, 100, 90), address="a1"), 1, run="r1")
     record(book, attempt(T0 + 300, cause="bug", steps=None), 2, run="r2")  # its address: what its run came to
     record(book, attempt(T0 + 500, cause=None, steps=(90, 200, 200)), 3, run="r2")
     [training] = found(book)
@@ -95,7 +95,7 @@ def test_runs_that_share_a_fingerprint_share_a_training(book: Ledger) -> None:
 def test_after_a_training_is_done_another_one_begins(book: Ledger) -> None:
     record(book, attempt(cause=None, steps=(0, 100, 100)), 1)
     record(book, attempt(T0 + 500, cause=None, steps=(0, 100, 100)), 1, run="again")
-    record(book, attempt(T0 + 900, steps=(0, 50, 50)), 1, run="third", address="a1", output="p/train/a1/manifest.json")
+    record(book, attempt(T0 + 900, steps=(0, 50, 50), address="a1"), 1, run="third")
     first, second, third = found(book)
     assert (first.kept, second.kept, third.kept) == ((100,), (100,), (50,))
     assert not third.finished
@@ -131,6 +131,15 @@ def test_what_is_told_is_json(book: Ledger) -> None:
     told = one(book).told()
     assert told["seconds"]["wall"] == 421 and told["steps"] == {"kept": 300, "done": 310}
     assert sum(v for k, v in told["seconds"].items() if k not in ("wall", "queued")) == told["seconds"]["wall"]
+
+
+def test_the_runner_puts_the_address_of_every_attempt_on_record(house: House) -> None:
+    with pytest.raises(UserError):
+        go(house, mode="user")
+    go(house, attempt=2, mode="done")
+    failed, done = costs.read(Ledger(f"sqlite:///{house.home}/ledger.db").find(house.project, "run"))
+    assert (failed.attempt.cause, done.attempt.cause) == ("user", None)
+    assert failed.address == done.address and len(done.address) == 32
 
 
 # -- what an hour costs on demand -----------------------------------------------------------------------

@@ -14,13 +14,14 @@ from airflow.sdk.exceptions import AirflowSkipException
 from orrery import budgets, champions, partitions, platform, requests
 from orrery.attempts import Attempt
 from orrery.contract import STATUS_OF_CODE, VERBS, Result, StepError
+from orrery.costs import refuse_over_budget
 from orrery.errors import BudgetSpent, OrreryError, RequestError, UserError
 from orrery.ledger import Ledger
 from orrery.local import LocalProcess, relay, wait_for_end
 from orrery.log import shown
 from orrery.orchestration import links, params, retry, waiting
 from orrery.placement import placement
-from orrery.plan import Plan, Planner, Request
+from orrery.plan import Plan, Planner, Request, safe_name
 from orrery.runner import history, record_skip, record_unstarted, recorded, run
 from orrery.spec import seconds
 
@@ -33,6 +34,8 @@ NOTHING_MADE = frozenset({"kept", "skipped"})
 # Verbs that save their state when they are told to stop, and what their ends take beside the saving.
 SAVES = frozenset({"train", "trial"})
 AFTER_SAVING_S = 3.0
+# What the UI calls a trial among its like: with its result as soon as there is one.
+TRIAL_NAME = "{{ trial | default('trial ' ~ task.number) }}"
 # What an event of features says beside the partition when the watch Dag found the data.
 SENSED = {"source": "sensor"}
 
@@ -52,15 +55,23 @@ class StepOperator(BaseOperator):
     A verb on partitions inside a Dag on windows (`materialize` before `train`) is carried through the
     window in order; what is unchanged is skipped before any process is started. `monitor` carries the partitions
     before its own first, as far as they have scores and no health yet: its verdict looks back at them, and events
-    of partitions whose labels are known may come in any order.
+    of partitions whose labels are known may come in any order. `number` is that of a search's trial.
     """
 
     ui_color = "#e8eef7"
 
     def __init__(
-        self, *, project: str, verb: str, compute: str = "", chain: tuple[str, ...] = (), **kwargs: Any
+        self,
+        *,
+        project: str,
+        verb: str,
+        compute: str = "",
+        chain: tuple[str, ...] = (),
+        number: int | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.number = number
         self.project, self.verb, self.compute, self.chain = project, verb, compute, chain
         self.operator_extra_links = tuple(link() for link in links.BY_VERB.get(verb, ()))
         self._launcher: Any = None
@@ -90,6 +101,8 @@ class StepOperator(BaseOperator):
         if self.verb != "gate" and result.verdict in NOTHING_MADE:
             # Green and told apart: a task that succeeds would announce its outlets, a champion that is none.
             raise AirflowSkipException(f"{self.verb}: {result.skipped}")
+        if self.number is not None:
+            context["trial"] = trial_name(self.number, result)  # type: ignore[typeddict-unknown-key]
         self._emit(context, wanted)
         return summary(result, len(wanted))
 
@@ -153,6 +166,8 @@ class StepOperator(BaseOperator):
         )
 
     def _options(self, context: Context) -> Mapping[str, Any]:
+        if self.verb == "trial":
+            return {"number": self.number}
         if self.verb != "promote":
             return {}
         registered = context["ti"].xcom_pull(task_ids="register") or {}
@@ -198,6 +213,8 @@ class StepOperator(BaseOperator):
             place = placement(before, planner.spec.train, planner.platform.compute, datetime.now(UTC))
             if place.reason:
                 log.warning("this attempt runs on %s: %s", place.compute, place.reason)
+            price = planner.platform.compute_class(place.compute).price_per_hour
+            refuse_over_budget(planner.ledger, request.project, safe_name(request.run), planner.spec, price)
             request = replace(request, compute=place.compute, placed=place.reason)
         if before:
             said = {"goes-on": budgets.goes_on(before), "compute": f"{request.compute} {request.placed}".strip()}
@@ -281,6 +298,15 @@ class StepOperator(BaseOperator):
         """Stop the step's process and all it started."""
         if self._launcher is not None:
             self._launcher.stop()
+
+
+def trial_name(number: int, result: Result) -> str:
+    """Return what the UI calls a trial that has ended: `trial 7 · AUC .741`, `trial 8 · pruned`."""
+    metric = str(result.facts.get("primary", ""))
+    if metric not in result.metrics:
+        return f"trial {number} · {result.verdict or 'done'}"
+    shown_as = metric.upper() if "_" not in metric else metric
+    return f"trial {number} · {shown_as} {f'{result.metrics[metric]:.3f}'.removeprefix('0')}"
 
 
 def _waited(context: Context, before: Sequence[Attempt]) -> float:
