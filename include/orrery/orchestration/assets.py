@@ -5,7 +5,7 @@ from __future__ import annotations
 from airflow.sdk import Asset
 
 # The verbs with a Dag of their own, `<project>.<verb>`.
-DAGS = ("watch", "ingest", "request", "train", "score", "labels", "monitor", "rollback")
+DAGS = ("watch", "ingest", "request", "train", "tune", "score", "labels", "monitor", "rollback")
 
 
 def asset(project: str, dataset: str) -> Asset:

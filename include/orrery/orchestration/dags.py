@@ -14,9 +14,9 @@ from orrery.contract import VERBS
 from orrery.orchestration import notify, params, retry, timetables
 from orrery.orchestration.asking import AskOperator, TakeUpOperator
 from orrery.orchestration.assets import asset
-from orrery.orchestration.operators import StepOperator
+from orrery.orchestration.operators import TRIAL_NAME, StepOperator
 from orrery.orchestration.waiting import LabelsOperator
-from orrery.spec import ModelSpec, load_model, seconds
+from orrery.spec import ModelSpec, Tune, load_model, seconds
 
 # A wait costs no worker. By the hour, with a delay of a month, so many wait at once.
 LABELS_AT_ONCE = 1000
@@ -35,6 +35,8 @@ def lifecycle(project: str, doc: str | None) -> dict[str, DAG]:
         "rollback": _rollback,
     }
     dags = {name: make(project, spec, doc) for name, make in makers.items()}
+    if spec.tune:
+        dags["tune"] = _tune(project, spec, doc, spec.tune)
     if spec.watch:
         from orrery.orchestration.watching import watch_dag
 
@@ -92,6 +94,18 @@ def _train(project: str, spec: ModelSpec, doc: str | None) -> DAG:
                 _step(project, "promote", outlets=[asset(project, "champion")], pool="orrery-release"),
             ]
         _chain(first, data, *fit, *release)
+    return dag
+
+
+def _tune(project: str, spec: ModelSpec, doc: str | None, terms: Tune) -> DAG:
+    """A search: as many trials at a time as the spec allows and the pool has slots for, then the decision."""
+    with (dag := _dag(project, "tune", spec, doc, None)):
+        data = _step(project, "materialize", chain=("trial", "tune"))
+        kind, arguments = _task(project, "trial", compute=terms.compute or spec.train.compute)
+        trials = kind.partial(
+            **arguments, max_active_tis_per_dagrun=terms.parallel, map_index_template=TRIAL_NAME
+        ).expand(number=list(range(terms.trials)))
+        data >> trials >> _step(project, "tune")
     return dag
 
 
@@ -161,7 +175,21 @@ def _step(
     most: Budgets | None = None,
     **kwargs: Any,
 ) -> StepOperator:
-    """Make the task of one verb: its operator by profile; pool and timeout by its compute class; retries by cause."""
+    """Make the task of one verb."""
+    operator, arguments = _task(project, verb, compute=compute, pool=pool, most=most, **kwargs)
+    return operator(**arguments)
+
+
+def _task(
+    project: str,
+    verb: str,
+    *,
+    compute: str | None = None,
+    pool: str | None = None,
+    most: Budgets | None = None,
+    **kwargs: Any,
+) -> tuple[type[StepOperator], dict[str, Any]]:
+    """Return a verb's operator, by profile, and its arguments: pool and timeout by compute class, retries by cause."""
     name = compute or VERBS[verb].compute
     most = most or Budgets()
     common: dict[str, Any] = {
@@ -184,12 +212,12 @@ def _step(
     if platform.load().compute_class(name).sagemaker is not None:
         from orrery.orchestration.sagemaker import SageMakerStepOperator
 
-        return SageMakerStepOperator(**common)
+        return SageMakerStepOperator, common
     if platform.profile() == "kubernetes":
         from orrery.orchestration.pods import PodStepOperator
 
-        return PodStepOperator(**common)
-    return StepOperator(**common)
+        return PodStepOperator, common
+    return StepOperator, common
 
 
 def _light(operator: type[BaseOperator], task_id: str, project: str, **kwargs: Any) -> BaseOperator:

@@ -81,6 +81,13 @@ class HealthLink(ResultLink):
     evidence = "health.html"
 
 
+class TuningLink(ResultLink):
+    """How a search went: history, which parameters made the difference, every trial."""
+
+    result_key = "Tuning"
+    evidence = "tuning.html"
+
+
 class EvidentlyLink(ResultLink):
     """Evidently's drift report of a partition."""
 
@@ -123,6 +130,8 @@ class AttemptsLink(ResultLink):
 BY_VERB: dict[str, tuple[type[ResultLink], ...]] = {
     "validate": (DataDocsLink,),
     "train": (MLflowRunLink, AttemptsLink),
+    "trial": (MLflowRunLink,),
+    "tune": (TuningLink,),
     "evaluate": (CurvesLink,),
     "gate": (VerdictLink,),
     "register": (ModelVersionLink,),

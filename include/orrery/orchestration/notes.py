@@ -24,7 +24,7 @@ log = logging.getLogger("orrery.notes")
 MAX_LENGTH = 900  # Airflow's column takes 1000
 MARK = "\n— Orrery"  # ends our part
 # What a note tells of steps that went well, what matters most first: the UI shows a note by its first line.
-TOLD = ("rollback", "gate", "approve", "promote", "monitor", "score", "ingest", "request")
+TOLD = ("rollback", "gate", "approve", "promote", "tune", "monitor", "score", "ingest", "request")
 
 
 class Notes:

@@ -102,7 +102,7 @@ class StepOperator(BaseOperator):
             # Green and told apart: a task that succeeds would announce its outlets, a champion that is none.
             raise AirflowSkipException(f"{self.verb}: {result.skipped}")
         if self.number is not None:
-            context["trial"] = trial_name(self.number, result)  # type: ignore[typeddict-unknown-key]
+            context["trial"] = trial_name(self.number, result)
         self._emit(context, wanted)
         return summary(result, len(wanted))
 

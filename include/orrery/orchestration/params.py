@@ -21,6 +21,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "ingest": ("partition", "reason", "force", "dry_run"),
     "request": ("window", "reason", "force", "dry_run"),
     "train": ("window", "reason", "force", "dry_run"),
+    "tune": ("window", "reason", "force", "dry_run"),
     "score": ("partition", "reason", "force", "dry_run"),
     "labels": ("partition", "reason"),
     "monitor": ("partition", "reason", "force", "dry_run"),

@@ -87,7 +87,7 @@ class Search:
     def _trial(self, number: int) -> Result:
         """Run one trial to its end, in as many attempts as it takes."""
         options = {"number": number}
-        asked = replace(self.asked, verb="trial", task=f"trial-{number}", options=options)
+        asked = replace(self.asked, verb="trial", task=f"trial.{number}", options=options)
         for attempt in range(1, TRIES + 1):
             launcher = LocalProcess(on_line=lambda line: relay(line, self._heard(number)))
             self._launchers.append(launcher)
