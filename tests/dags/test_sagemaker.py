@@ -333,6 +333,16 @@ def test_what_a_job_may_not_be_given_is_refused_before_anything_is_asked(
     assert sagemaker.calls == []
 
 
+def test_a_fallback_that_could_not_be_taken_is_told_at_once(task: Task, sagemaker: Player) -> None:
+    spec = task.house.folder / "spec.yaml"
+    spec.write_text(spec.read_text().replace("compute: cloud,", "compute: cloud, spot: {fallback: cpu-small},"))
+    task.number = 1
+    operator = SageMakerStepOperator(task_id="train", project="delays", verb="train", compute="cloud")
+    with pytest.raises(SpecError, match="fallback is 'cpu-small'"):
+        operator.execute(task.context())
+    assert sagemaker.calls == []
+
+
 def test_the_wait_outlasts_a_sagemaker_that_does_not_answer(
     task: Task, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

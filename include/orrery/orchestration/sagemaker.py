@@ -139,6 +139,7 @@ class JobLauncher:
 
     def __call__(self, plan: Plan) -> int:
         config, compute = plan.config, self.planner.platform.compute_class(plan.compute)
+        self._check_fallback()
         job = jobs.document(plan, self.planner.platform, compute, jobs.name(config.store, config.folder))
         settings = compute.sagemaker
         assert settings is not None
@@ -160,6 +161,16 @@ class JobLauncher:
         log.info("job %s %s, on %s%s", job.name, "started" if new else "was started before", job.instance_type,
                  " (spot)" if job.spot else "")  # fmt: skip
         raise JobStarted(job.name, config.folder, region, poll)
+
+    def _check_fallback(self) -> None:
+        """Raise `SpecError` at the first attempt for a fallback that the last one could not take."""
+        fallback = self.planner.spec.train.spot.fallback
+        if fallback and self.planner.platform.compute_class(fallback).sagemaker is None:
+            raise SpecError(
+                f"{self.planner.project}: train.spot.fallback is {fallback!r}, which is no SageMaker job as "
+                f"{self.planner.spec.train.compute!r} is",
+                hint="a class with `sagemaker` and without `spot`",
+            )
 
     def stop(self) -> None:
         """End the job, if there is one by now. The worker has a few seconds left."""
