@@ -50,6 +50,7 @@ def test_tasks_are_verbs_in_order_and_in_groups(bag) -> None:
         "ingest": ["ingest", "validate", "materialize"],
         "request": ["request"],
         "train": train,
+        "tune": ["materialize", "trial", "tune"],
         "score": ["score"],
         "labels": ["labels"],
         "monitor": order["monitor"],
@@ -213,8 +214,8 @@ def test_every_task_has_owner_pool_timeout_and_retry_policy(bag) -> None:
             assert task.owner == owner
             assert task.pool.startswith("orrery-")
             assert task.execution_timeout is not None
-            step = isinstance(task, StepOperator)
-            assert task.retries == (budgets.of(task.verb, spec).retries if step else RETRIES)
+            step = isinstance(task, StepOperator) or task.is_mapped
+            assert task.retries == (budgets.of(task.task_id, spec).retries if step else RETRIES)
             assert task.retry_policy is not None
 
 
@@ -319,7 +320,7 @@ def test_a_request_is_read_strictly(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         read({"partition": "2013-02"}, "2013-03")
 
 
-@pytest.mark.parametrize("dag", ["ingest", "request", "train", "score", "labels", "monitor", "rollback"])
+@pytest.mark.parametrize("dag", ["ingest", "request", "train", "tune", "score", "labels", "monitor", "rollback"])
 def test_every_dag_refuses_hostile_values_and_unknown_keys(
     dag: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
