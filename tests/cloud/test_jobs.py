@@ -100,7 +100,7 @@ def test_tags_hold_what_aws_allows() -> None:
         (plan(), Compute(), IMAGE, "'cloud' is no SageMaker job"),
         (plan(), None, "orrery/ml:1", "compute.cloud.image"),
         (plan(folder=FOLDER.replace("manual", "m" * 200)), None, IMAGE, "more than the 256 characters"),
-        (plan(storage="/home/o/var/tuning"), None, IMAGE, "ORRERY_TUNING"),
+        (plan(storage="/srv/tuning"), None, IMAGE, "ORRERY_TUNING"),
         (plan({"MLFLOW_TRACKING_URI": "http://" + "m" * 600}), None, IMAGE, "longer than the 512"),
     ],
 )

@@ -102,6 +102,15 @@ def test_a_refusal_keeps_its_kind(
         submit(JOB)
 
 
+def test_a_role_that_is_not_there_is_told_before_sagemaker_is_asked(
+    sagemaker: Player, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SAGEMAKER_VALIDATE_ROLE")
+    with pytest.raises(UserError, match="orrery-training"):
+        submit(JOB)
+    assert "CreateTrainingJob" not in sagemaker.calls
+
+
 def test_what_is_no_job_is_a_bug_and_says_so(sagemaker: Player) -> None:
     code, told = start('{"name": "x"}')
     assert (code, list(told)) == (1, ["error"])

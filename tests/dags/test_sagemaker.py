@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -270,6 +271,40 @@ def test_a_job_that_is_stopped_saves_and_the_next_goes_on(task: Task, sagemaker:
     trigger = task.attempt()
     task.train(trigger.job)
     assert int((task.house.marks / "started").read_text()) == entry["attempt"]["committed"]
+
+
+def test_the_next_attempt_waits_for_a_job_that_is_saving(
+    task: Task, sagemaker: Player, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orrery.orchestration import sagemaker as ours
+
+    monkeypatch.setattr(ours, "LOOK_S", 0.05)
+    first = task.attempt()
+    asyncio.run(first.on_kill())
+    ending = threading.Timer(3.0, sagemaker.end, (first.job, "Stopped"))
+    ending.start()
+    second = task.attempt()
+    assert sagemaker.jobs[first.job].status == "Stopped" and second.job != first.job
+    ending.join()
+
+
+def test_a_job_that_loses_its_spot_machine_goes_on_in_the_same_attempt(
+    task: Task, sagemaker: Player, quick: None
+) -> None:
+    trigger = task.attempt()
+    process = task.container(trigger.job)
+    core_verbs.wait_for(task.house.marks / "started")
+    process.terminate()
+    assert process.wait(60) == 143
+    # SageMaker starts the same container on another machine: nobody here hears of it before the end.
+    (task.house.marks / "started").unlink()
+    task.train(trigger.job)
+    assert int((task.house.marks / "started").read_text()) > 0
+    sagemaker.end(trigger.job)
+    assert task.go_on(task.wait(trigger))["output"]
+    (entry,) = task.entries()
+    assert (entry["status"], entry["attempt"]["cause"]) == ("done", None)
+    assert entry["attempt"]["progress"]["resumed"] > 0
 
 
 @pytest.mark.parametrize(
