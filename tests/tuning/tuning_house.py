@@ -24,6 +24,8 @@ KEY = "0123456789abcdef" * 2
 STEP = "import sys, time; from orrery.step import main; sys.exit(main(sys.argv[1:], time.time()))"
 # Another library's model, in a blink: a straight line through one number, or the other one's square.
 LINE_MODEL = """
+import os
+import time
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
@@ -71,6 +73,8 @@ class Line:
 def fit(train, valid, params):
     if params.weight > 0.95:
         raise ValueError("too heavy")
+    while os.path.exists(os.environ.get("HOLD_FIT", "")):
+        time.sleep(0.05)
     return Line(train.schema, params)
 """
 
@@ -103,7 +107,7 @@ class Search(Bench):
         """Run a trial in this process."""
         return self._execute(self.trial(number, **more))
 
-    def start(self, config: StepConfig) -> subprocess.Popen[str]:
+    def start(self, config: StepConfig, **env: str) -> subprocess.Popen[str]:
         """Start an attempt as a process of its own."""
         self.store.put(f"{config.folder}/config.json", config.model_dump_json().encode())
         where = f"{self.store.uri}/{config.folder}"
@@ -117,7 +121,7 @@ class Search(Bench):
             "--result",
             f"{where}/result.json",
         ]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
         out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         return subprocess.Popen(argv, **out, text=True, start_new_session=True, env=env)
 
