@@ -102,13 +102,11 @@ def test_a_refusal_keeps_its_kind(
         submit(JOB)
 
 
-def test_a_role_that_is_not_there_is_told_before_sagemaker_is_asked(
-    sagemaker: Player, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("SAGEMAKER_VALIDATE_ROLE")
-    with pytest.raises(UserError, match="orrery-training"):
-        submit(JOB)
-    assert "CreateTrainingJob" not in sagemaker.calls
+def test_an_answer_that_nobody_can_read_is_worth_another_try() -> None:
+    from botocore.parsers import ResponseParserError
+
+    with pytest.raises(TryAgain, match="it cannot be asked: ResponseParserError"), client.trouble("it cannot be asked"):
+        raise ResponseParserError("<html>502 Bad Gateway</html>")
 
 
 def test_what_is_no_job_is_a_bug_and_says_so(sagemaker: Player) -> None:

@@ -142,6 +142,7 @@ def _code(error: BaseException) -> str:
 def trouble(what: str) -> Iterator[None]:
     """Tell what AWS's library raises as one of our errors: 64 for what someone must act on, 75 for the rest."""
     import botocore.exceptions  # type: ignore[import-untyped]
+    import botocore.parsers  # type: ignore[import-untyped]
 
     try:
         yield
@@ -150,7 +151,7 @@ def trouble(what: str) -> Iterator[None]:
     except (botocore.exceptions.NoRegionError, botocore.exceptions.NoCredentialsError) as e:
         hint = "AWS_DEFAULT_REGION, or sagemaker.region of the compute class; credentials as for an s3:// store"
         raise UserError(f"{what}: {e}", hint=hint) from None
-    except (botocore.exceptions.BotoCoreError, OSError, TimeoutError) as e:
+    except (botocore.exceptions.BotoCoreError, botocore.parsers.ResponseParserError, OSError) as e:
         raise TryAgain(f"{what}: {type(e).__name__}: {e}") from None
 
 
