@@ -25,6 +25,7 @@ BENCHMARKS = {
     "bench_point_in_time_join": ("ml", ("point_in_time_join",)),
     "bench_alarms": ("ml", ("alarms", "alarms_rough", "alarms_seen")),
     "bench_drift_vs_evidently": ("ml", ("drift_vs_evidently", "drift_memory")),
+    "bench_spot_month": ("ml", ("spot_goodput_1h", "spot_goodput_15min", "spot_deadlines_missed")),
 }
 
 
