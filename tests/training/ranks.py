@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing as mp
 import multiprocessing.connection
 import os
+import pickle
 import time
 import traceback
 from collections.abc import Callable
@@ -47,7 +48,7 @@ def run(work: Work, world: int, folder: Path, *, answers: int | None = None, tim
 def _answer(process: Any, here: multiprocessing.connection.Connection, deadline: float) -> Any:
     assert here.poll(max(0.0, deadline - time.monotonic())), f"process {process.pid} took too long"
     try:
-        kind, value = here.recv()
+        kind, value = pickle.loads(here.recv_bytes())
     except EOFError:
         process.join()
         return process.exitcode
@@ -61,9 +62,9 @@ def _main(work: Work, place: Place, meeting: Path, there: multiprocessing.connec
     try:
         if place.world > 1:
             dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=place.rank, world_size=place.world)
-        there.send(("returned", work(place)))
+        there.send_bytes(pickle.dumps(("returned", work(place))))  # tensors by value: the sender goes
     except BaseException:
-        there.send(("failed", traceback.format_exc()))
+        there.send_bytes(pickle.dumps(("failed", traceback.format_exc())))
     finally:
         there.close()
         os._exit(0)
