@@ -54,9 +54,12 @@ def storage(planner: Planner) -> str:
     """Return where studies are kept. Raises `SpecError` for a folder that the trials' machines do not share."""
     where = planner.platform.tuning
     if "://" not in where or where.startswith("file://"):
-        if platform.profile() == "kubernetes":
+        name = terms(planner).compute or planner.spec.train.compute
+        rented = planner.platform.compute_class(name).sagemaker is not None
+        if rented or platform.profile() == "kubernetes":
+            machines = "SageMaker's machines" if rented else "pods"
             raise SpecError(
-                f"the trials of a search share a study, and pods do not share {where}",
+                f"the trials of a search share a study, and {machines} do not share {where}",
                 hint="give ORRERY_TUNING (or `tuning` in platform.yaml) as postgresql://user:$NAME@host/database",
             )
     elif not where.startswith(("postgresql://", "postgres://", "postgresql+psycopg://")):
