@@ -173,7 +173,7 @@ def test_other_processes_than_divide_the_lanes_are_refused(tmp_path: Path) -> No
         Streamed(made, 0, 3, Place(), 4)
 
 
-def test_the_layout_is_equal_groups_of_about_a_megabyte(tmp_path: Path) -> None:
+def test_the_layout_is_equal_groups_of_half_a_megabyte(tmp_path: Path) -> None:
     large = layout(5_000_000, SCHEMA, 3)
     assert large.groups % 3 == 0
     assert sum(large.size(g) for g in range(large.groups)) == 5_000_000

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Name: TypeAlias = Literal["fit", "tune"]
 ARRAYS = ("numeric", "categorical", "label")
-STREAM_ABOVE = 256 << 20
+STREAM_ABOVE = 64 << 20  # encoding at once takes about ten times as much: keys, text, and the copies of each step
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """A part's encoded rows in one Parquet file of equal row groups: written while it is encoded, read group by group.
 
-What is not held in memory at once: a group is about a megabyte, its rows are neighbours of the table it was made from.
-Numbers lie as they are (float32, NaN where missing), ids as int32 behind a dictionary, uncompressed: it is read once
+A group is about half a megabyte; its rows are neighbours in the table that they come from. Numbers lie as they are (float32, NaN where missing), ids as int32 behind a dictionary, uncompressed: it is read once
 an epoch and must not cost more than the training itself.
 """
 
@@ -23,7 +22,7 @@ from orrery.store import trouble
 from orrery.training import Dataset
 from orrery.training.schema import Schema
 
-GROUP_BYTES = 1 << 20  # small, so that few of them, drawn from all over the part, make a shuffled window
+GROUP_BYTES = 512 << 10  # small, so that few of them, drawn from all over the part, make a shuffled window
 MIN_GROUP, MAX_GROUP = 2_048, 65_536  # rows: a column of fewer costs more to open than to read
 
 
