@@ -271,11 +271,12 @@ def history(planner: Planner, request: Request, wait: Callable[[str], None] | No
     """
     for run in (*request.cleared, request.run):
         folder = attempt_folder(request, run).rpartition("/")[0]
-        for name in sorted((n for n in planner.store.names(folder) if n.isdecimal()), key=int):
-            if int(name) < request.attempt and not planner.ledger.get(
-                request.project, "run", f"{folder}/{name}", "done"
-            ):
-                _record_lost(planner, request, f"{folder}/{name}")
+        numbers = sorted(int(n) for n in planner.store.names(folder) if n.isdecimal())
+        for lost in (f"{folder}/{n}" for n in numbers if n < request.attempt):
+            if planner.ledger.get(request.project, "run", lost, "done") is None:
+                if wait:
+                    wait(lost)
+                _record_lost(planner, request, lost)
     return recorded(planner.ledger, request.project, request.run, request.task, request.key)
 
 

@@ -110,9 +110,13 @@ def test_an_attempt_whose_worker_was_lost_is_recorded_by_the_next_once(house: Ho
     folder = "delays/runs/run-1/probe-2013-01/1"
     came = progressed(house, folder, step=40, committed=30)
     assert book().find("delays", "run") == []
+    waited: list[tuple[str, int]] = []
     for _ in range(2):
-        (lost,) = runner.history(house.planner(), house.request(attempt=2))
+        (lost,) = runner.history(
+            house.planner(), house.request(attempt=2), lambda f: waited.append((f, len(book().find("delays", "run"))))
+        )
         assert (lost.number, lost.cause, lost.committed, lost.progress) == (1, "lost", 30, came)
+    assert waited == [(folder, 0)]  # its step may still be saving: nothing is recorded before its end
     (entry,) = book().find("delays", "run")
     assert entry.payload["folder"] == folder and "worker of attempt 1 was lost" in entry.payload["error"]
     began = Attempt.model_validate_json(house.store.read(f"{folder}/{attempts.NAME}")).started
