@@ -1,7 +1,8 @@
 """A part's encoded rows in one Parquet file of equal row groups: written while it is encoded, read group by group.
 
-A group is about half a megabyte; its rows are neighbours in the table that they come from. Numbers lie as they are (float32, NaN where missing), ids as int32 behind a dictionary, uncompressed: it is read once
-an epoch and must not cost more than the training itself.
+A group is about half a megabyte; its rows are neighbours in the table that they come from. Numbers lie as they are
+(float32, NaN where missing), ids as int32 behind a dictionary, uncompressed: it is read once an epoch and must not
+cost more than the training itself.
 """
 
 from __future__ import annotations
