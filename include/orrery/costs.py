@@ -5,8 +5,9 @@ in whatever run, from the first up to the one that is done: several runs may sha
 from the checkpoint that another has left. After it is done, another attempt at the same address begins a new training.
 What is still going on is counted when it has ended.
 
-money = wall time x the compute class's price per hour as it was when the attempt began (SageMaker: the seconds it
-bills). An attempt on a class without a price counts as unpriced, never as free.
+money = wall time x the compute class's price per hour as it was when the attempt began. Of a SageMaker job: the seconds
+it bills, whose price is the one on demand, since spot's discount is in the seconds. An attempt on a class without a
+price counts as unpriced, never as free.
 
 Saved by spot = what the same useful work would have cost on demand, less all that was paid, lost work and restarts
 included. On demand nothing is interrupted: one start-up (the median one), each attempt's useful, evaluating and other
@@ -203,7 +204,8 @@ def rates(platform: Platform, fallback: str | None) -> dict[str, float]:
     found = {}
     for name, compute in platform.compute.items():
         other = platform.compute[fallback].price_per_hour if fallback in platform.compute else 0.0
-        price = (compute.on_demand_price_per_hour or other) if compute.spot else compute.price_per_hour
+        own = compute.on_demand_price_per_hour or (compute.price_per_hour if compute.sagemaker else other)
+        price = own if compute.spot else compute.price_per_hour
         if price:
             found[name] = price
     return found

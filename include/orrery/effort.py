@@ -20,7 +20,8 @@ that is known; a save that became whole after it is recognised by the attempt th
 loses nothing: the steps after the best epoch are how it was found to be the best.
 
 An attempt that tells no progress (a library's own `fit`, or one that ended before its first step) is useful as a
-whole when it is done, and lost as a whole when it is not; where no attempt tells any, there is no goodput.
+whole when it is done, and lost as a whole when it is not; where no attempt tells any, there is no goodput. A managed
+spot job that changes machines is one attempt and tells of its last machine alone: what was before is its start-up.
 """
 
 from __future__ import annotations

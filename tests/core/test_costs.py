@@ -12,7 +12,7 @@ from cost_house import T0, attempt, record
 from orrery import costs, effort, platform
 from orrery.errors import UserError
 from orrery.ledger import Ledger
-from orrery.platform import Platform
+from orrery.platform import Compute, Platform
 from orrery.spec import ModelSpec, load_model
 
 RATES = {"gpu": 14.4, "big": 7.2}  # 0.4 and 0.2 per hundred seconds
@@ -123,7 +123,10 @@ def test_a_fit_of_a_library_costs_money_and_has_no_goodput(book: Ledger) -> None
 
 def test_managed_spot_is_paid_by_what_is_billed(book: Ledger) -> None:
     record(book, attempt(cause=None, steps=(0, 100, 100), sagemaker={"billable_s": 50}), 1)
-    assert one(book).cost == pytest.approx(50 * 3.6 / 3600)
+    [training] = found(book)
+    account = training.account({"gpu": 3.6})  # spot's discount is in the seconds, not in the price
+    assert account.cost == pytest.approx(50 * 3.6 / 3600)
+    assert account.saved == pytest.approx((30 + 100 + 5 - 50) * 3.6 / 3600)
 
 
 def test_what_is_told_is_json(book: Ledger) -> None:
@@ -152,10 +155,14 @@ def test_the_price_on_demand_is_the_class_own_or_the_fallback_s(house: House) ->
         "firm": {"price_per_hour": 2.0},
         "free": {},
     }
+    managed = {"role": "arn:aws:iam::123456789012:role/r", "instance_type": "ml.g5.xlarge"}
+    cloud = Compute.model_validate({"spot": True, "price_per_hour": 1.4, "sagemaker": managed})
     there = Platform.model_validate({"version": 1, "environments": {}, "compute": classes})
     assert costs.rates(there, None) == {"twin": 3.0, "firm": 2.0}
     assert costs.rates(there, "firm") == {"spot": 2.0, "twin": 3.0, "firm": 2.0}
     assert costs.rates(there, "free") == costs.rates(there, "gone") == {"twin": 3.0, "firm": 2.0}
+    there.compute["cloud"] = cloud  # its price is on demand already
+    assert costs.rates(there, "firm")["cloud"] == 1.4
     assert costs.rates(platform.load(), None) == {}
 
 
