@@ -15,7 +15,7 @@ from orrery.store import Store
 from orrery.training.checkpoints import Checkpoints
 from orrery.training.place import Place
 from orrery.training.saving import Loaded, ShardedSaver
-from orrery.training.zero import ZeroStrategy, _deepspeed
+from orrery.training.zero import ZeroStrategy, imported
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # DeepSpeed's and torch's about each other
 FOLDER = "flights/train/abc/checkpoints"
@@ -25,7 +25,7 @@ Stage = Literal[1, 2, 3]
 
 @pytest.fixture(scope="module", autouse=True)
 def _imported_before_the_forks() -> None:
-    _deepspeed(cuda=False)
+    imported(cuda=False)
 
 
 def network() -> nn.Module:

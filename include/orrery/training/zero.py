@@ -30,7 +30,7 @@ class ZeroStrategy:
         clip: float | None = None,
     ) -> None:  # fmt: skip
         self.stage = stage
-        deepspeed = _deepspeed(next(module.parameters()).is_cuda)
+        deepspeed = imported(next(module.parameters()).is_cuda)
         self._owns_group = not dist.is_initialized()
         if self._owns_group:  # ZeRO wants a group also where it is one process
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -162,16 +162,17 @@ def _config(stage: int, clip: float | None) -> dict[str, Any]:
     }
 
 
-def _deepspeed(cuda: bool) -> Any:
-    """Import DeepSpeed, quietly, and without its kernel for shared memory.
+def imported(cuda: bool) -> Any:
+    """Import DeepSpeed and all that it imports later (10 s): on CPUs do it before the fork, once for all processes.
 
-    That one is compiled when first used (a minute, a compiler), and a build that was killed leaves a lock at which
-    every later training waits for ever.
+    Its kernel for shared memory is left out: it is compiled when first used (a minute, a compiler), and a build that
+    was killed leaves a lock at which every later training waits for ever.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
     try:
         import deepspeed
+        import deepspeed.runtime.zero.muon.muon_optimizer  # torch's compiler, which every engine asks for
     except ImportError as e:
         raise OrreryError(
             f"strategy zero needs DeepSpeed: {e}", hint="install the environment of this step anew"
