@@ -14,7 +14,7 @@ from airflow.sdk.exceptions import AirflowSkipException
 from orrery import budgets, champions, partitions, platform, requests
 from orrery.attempts import Attempt
 from orrery.contract import STATUS_OF_CODE, VERBS, Result, StepError
-from orrery.costs import refuse_over_budget
+from orrery.costs import TRAINS, refuse_over_budget
 from orrery.errors import BudgetSpent, OrreryError, RequestError, UserError
 from orrery.ledger import Ledger
 from orrery.local import LocalProcess, relay, wait_for_end
@@ -213,9 +213,10 @@ class StepOperator(BaseOperator):
             place = placement(before, planner.spec.train, planner.platform.compute, datetime.now(UTC))
             if place.reason:
                 log.warning("this attempt runs on %s: %s", place.compute, place.reason)
-            price = planner.platform.compute_class(place.compute).price_per_hour
-            refuse_over_budget(planner.ledger, request.project, safe_name(request.run), planner.spec, price)
             request = replace(request, compute=place.compute, placed=place.reason)
+        if self.verb in TRAINS:
+            price = planner.platform.compute_class(planner.compute_of(request)).price_per_hour
+            refuse_over_budget(planner.ledger, request.project, safe_name(request.run), planner.spec, price)
         if before:
             said = {"goes-on": budgets.goes_on(before), "compute": f"{request.compute} {request.placed}".strip()}
             retry.show(context, most, task, **{name: text for name, text in said.items() if text})
