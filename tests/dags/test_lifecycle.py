@@ -219,6 +219,32 @@ def test_every_task_has_owner_pool_timeout_and_retry_policy(bag) -> None:
             assert task.retry_policy is not None
 
 
+@pytest.mark.parametrize(
+    ("fallback", "said"),
+    [
+        ("cpu-lrage", "did you mean 'cpu-large'"),
+        ("cloud", "'cloud' is a SageMaker class, train.compute 'cpu-small' is not"),
+    ],
+)
+def test_a_fallback_that_the_task_could_not_run_on_is_told_when_the_dag_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fallback: str, said: str
+) -> None:
+    from orrery import platform
+    from orrery.errors import SpecError
+    from orrery.orchestration import dags
+    from orrery.spec import load_model
+
+    file = tmp_path / "platform.yaml"
+    cloud = '  cloud: {sagemaker: {role: "arn:aws:iam::123456789012:role/x", instance_type: ml.m5.xlarge}}\n'
+    text = (ROOT / "include" / "platform.yaml").read_text()
+    file.write_text(text.replace("compute:\n", f"compute:\n{cloud}", 1))
+    monkeypatch.setenv("ORRERY_PLATFORM", str(file))
+    spec = load_model(platform.project_folder("flight_delay"))
+    train = spec.train.model_copy(update={"spot": spec.train.spot.model_copy(update={"fallback": fallback})})
+    with pytest.raises(SpecError, match=said):
+        dags._check_fallback(spec.model_copy(update={"train": train}))
+
+
 def test_pools_exist_in_the_settings(bag) -> None:
     import yaml
 

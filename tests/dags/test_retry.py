@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "core"))
+
+from core_house import build, environment
 
 from orrery.attempts import Attempt
 from orrery.budgets import Budgets
 from orrery.errors import BudgetSpent, DataError, Interrupted, OrreryError, TryAgain, UserError
 from orrery.ledger import Ledger
 from orrery.orchestration import retry
+from orrery.orchestration.operators import StepOperator
 from orrery.runner import StepFailed, StepVanished
 
 MOST = Budgets(code=1, interruptions=2, losses=1)
@@ -119,3 +126,31 @@ def test_the_verdict_tab_tells_what_was_used_while_it_goes_on_and_what_it_came_t
     ended = Run("toy", "toy.train", "r", RUN, "failed", tasks=(Task("train", "failed", 3),))
     (step,) = read(book, ended)["steps"]
     assert step["tried"] == "3 attempts: interrupted 2 times, lost 1 time"
+
+
+def test_a_killed_worker_asks_no_policy_so_the_next_attempt_looks_at_the_budget_itself(
+    book: Ledger, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house = build(tmp_path / "home")
+    for name, value in {**environment(house), "ORRERY_LEDGER": book.url}.items():
+        monkeypatch.setenv(name, value)
+    step = StepOperator(task_id="validate", project="delays", verb="validate")
+    request = house.request("validate", "2013-01", run="delays.ingest--r", attempt=9)
+    told = {
+        "ti": SimpleNamespace(start_date=None),
+        "dag_run": SimpleNamespace(clear_number=0),
+        "task_state_store": Store(),
+    }
+
+    def lose(number: int) -> None:
+        folder = f"delays/runs/delays.ingest--r/validate-2013-01/{number}"
+        attempt = Attempt(number=number, cause="lost", started="2026-01-01T00:00:00+00:00").model_dump(mode="json")
+        book.record("delays", "run", folder, "done", "t", {"folder": folder, "attempt": attempt})
+
+    for number in range(1, 6):
+        lose(number)
+    assert step._next_attempt(told, house.planner(), request).key == "2013-01"  # type: ignore[arg-type]
+    assert told["task_state_store"]["clear-0.losses"] == "5 of 5"
+    lose(6)
+    with pytest.raises(BudgetSpent, match="validate 2013-01: lost 6 times, 5 are tried again"):
+        step._next_attempt(told, house.planner(), request)  # type: ignore[arg-type]

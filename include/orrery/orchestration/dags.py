@@ -11,6 +11,7 @@ from airflow.sdk import DAG, BaseOperator, TaskGroup
 from orrery import budgets, platform
 from orrery.budgets import Budgets
 from orrery.contract import VERBS
+from orrery.errors import SpecError
 from orrery.orchestration import notify, params, retry, timetables
 from orrery.orchestration.asking import AskOperator, TakeUpOperator
 from orrery.orchestration.assets import asset
@@ -68,8 +69,7 @@ def _request(project: str, spec: ModelSpec, doc: str | None) -> DAG:
 def _train(project: str, spec: ModelSpec, doc: str | None) -> DAG:
     dag = _dag(project, "train", spec, doc, timetables.after(project, "request"))
     rest = ("train", "evaluate", "gate", "register", "promote")
-    if spec.train.spot.fallback:
-        _class(spec.train.spot.fallback)  # one that is not there is told now, not on the day it is needed
+    _check_fallback(spec)
     with dag:
         first = _light(TakeUpOperator, "request", project)
         with TaskGroup("data", prefix_group_id=False):
@@ -95,6 +95,21 @@ def _train(project: str, spec: ModelSpec, doc: str | None) -> DAG:
             ]
         _chain(first, data, *fit, *release)
     return dag
+
+
+def _check_fallback(spec: ModelSpec) -> None:
+    """Raise `SpecError` for a fallback that the task could not run on: told now, not on the day it is needed."""
+    if spec.train.spot.fallback is None:
+        return
+    where = platform.load()
+    names = (spec.train.compute, spec.train.spot.fallback)
+    first, second = (where.compute_class(name).sagemaker is not None for name in names)
+    if first != second:
+        raise SpecError(
+            f"train.spot.fallback: {names[1]!r} {'is' if second else 'is not'} a SageMaker class, "
+            f"train.compute {names[0]!r} {'is' if first else 'is not'}",
+            hint="one task runs on one kind of platform: name a class of the same kind",
+        )
 
 
 def _tune(project: str, spec: ModelSpec, doc: str | None, terms: Tune) -> DAG:
