@@ -474,9 +474,12 @@ class Planner:
 
     def _secrets(self, verb: Verb) -> dict[str, str]:
         """Return the environment variables a step needs beyond its config; addresses may hold credentials."""
-        if verb.name in ("train", "trial", "tune", "register", "promote", "rollback"):
-            return {"MLFLOW_TRACKING_URI": self.platform.mlflow}
-        return {}
+        if verb.name not in ("train", "trial", "tune", "register", "promote", "rollback"):
+            return {}
+        found = {"MLFLOW_TRACKING_URI": self.platform.mlflow}
+        if self.platform.wandb is not None and verb.name in ("train", "trial"):
+            found["ORRERY_WANDB"] = self.platform.wandb.model_dump_json()
+        return found
 
 
 def attempt_folder(request: Request, run: str | None = None) -> str:

@@ -167,3 +167,13 @@ def test_the_class_of_a_trial_is_the_spec_s(tuned: House) -> None:
     spec = tuned.folder / "spec.yaml"
     spec.write_text(spec.read_text().replace("parallel: 2", "parallel: 2, compute: big"))
     assert trial(tuned, 0).compute == "big"
+
+
+def test_weights_and_biases_is_told_to_the_steps_that_train_and_to_no_other(tuned: House) -> None:
+    assert "ORRERY_WANDB" not in trial(tuned, 0).environment
+    (tuned.home / "include" / "platform.yaml").write_text(PLATFORM + "wandb: {project: house}\n")
+    told = trial(tuned, 0).environment["ORRERY_WANDB"]
+    assert told == '{"project":"house","mode":"offline","entity":null}'
+    assert "ORRERY_WANDB" in tuned.planner().plan(tuned.request("train", *MONTHS)).environment
+    tried(tuned)
+    assert "ORRERY_WANDB" not in tuned.planner().plan(tuned.request("tune", *MONTHS[:2])).environment

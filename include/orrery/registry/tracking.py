@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orrery.errors import Interrupted, OrreryError, TryAgain, UserError
-from orrery.registry import client
+from orrery.registry import client, wandb_log
 from orrery.registry.client import ADDRESS_TAG, Mlflow, Run
 from orrery.step import Work
 from orrery.store import Manifest
@@ -122,14 +122,19 @@ def log_training(
     history: Sequence[Mapping[str, float]],
     metrics: Mapping[str, float],
     within: Search | None = None,
+    name: str = "",
 ) -> str | None:
     """Log one training attempt; return its run's id, or None when there is no MLflow or it does not answer.
 
-    `history` has one mapping per epoch. Called again for the same attempt it completes the same run.
+    `history` has one mapping per epoch. Called again for the same attempt it completes the same run. Where the
+    platform has Weights & Biases, it is logged there too.
     """
+    wandb_log.log(work, params, history, metrics, name, within.key if within else "")
     try:
         server = client.from_environment(ANSWER_S)
-        return None if server is None else _log(server, attempt_run(server, work, within), params, history, metrics)
+        return (
+            None if server is None else _log(server, attempt_run(server, work, within, name), params, history, metrics)
+        )
     except (TryAgain, UserError) as e:  # Interrupted goes on up
         work.log.warning(f"the training is not in MLflow: {e.message}")
         return None

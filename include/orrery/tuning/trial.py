@@ -87,7 +87,7 @@ def run(work: Work, params: TrialParams) -> Result:
         told = {**asked.params, "trial": params.number}
         history = [{"tune_loss": loss} for loss in outcome.epochs]
         found = {} if outcome.value is None else {outcome.metric: outcome.value}
-        tracking.log_training(work, told, history, found, within=parent)
+        tracking.log_training(work, told, history, found, within=parent, name=f"trial {params.number}")
     try:
         study.tell(outcome)  # whatever else is running may go by it at once
     except OrreryError as e:
