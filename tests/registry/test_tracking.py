@@ -171,3 +171,46 @@ def test_artifacts_that_the_server_does_not_serve_go_where_they_lie(tmp_path) ->
     assert server.get_file(f"file://{tmp_path}/1/run/artifacts/model/MLmodel") == b"x"
     with pytest.raises(UserError, match="is gone"):
         server.get_file(f"file://{tmp_path}/nothing")
+
+
+@pytest.mark.slow
+def test_the_trials_of_a_search_are_runs_within_its_run(release, server: Mlflow) -> None:
+    search = tracking.Search("0" * 32, "tune 2013-01..2013-03")
+    numbers = []
+    for trial in range(2):
+        work = release.house.work("train", {"features": [release.features]}, address=f"t{trial}")
+        with tracking.begun(work, within=search, name=f"trial {trial}") as run:
+            assert run is not None
+            ended = tracking.log_training(work, PARAMS, HISTORY, {"auc": 0.7}, search, f"trial {trial}")
+            assert ended == run.id
+        numbers.append(run.id)
+    whole = tracking.log_search(work, search, {"trial": 1}, {"auc": 0.71})
+    assert whole is not None and tracking.log_search(work, search, {"trial": 1}, {"auc": 0.71}) == whole
+    parent = logged(server, whole)
+    assert parent["info"]["run_name"] == search.name and parent["info"]["status"] == "FINISHED"
+    for trial, number in enumerate(numbers):
+        run = logged(server, number)
+        tags = {t["key"]: t["value"] for t in run["data"]["tags"]}
+        assert run["info"]["run_name"] == f"trial {trial}"
+        assert tags["mlflow.parentRunId"] == whole and tags["orrery.search"] == search.key
+
+
+@pytest.mark.slow
+def test_two_trials_that_begin_at_once_find_one_search(release, server: Mlflow) -> None:
+    search = tracking.Search("1" * 32, "tune x")
+    works = [release.house.work("train", {"features": [release.features]}, address=f"s{i}") for i in range(4)]
+    threads = [threading.Thread(target=tracking.attempt_run, args=(server, work, search)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    experiment = server.experiment(release.house.project)
+    found = server.call(
+        "POST", "runs/search", experiment_ids=[experiment], filter=f"tags.`orrery.study` = '{'1' * 32}'"
+    )
+    (whole,) = found["runs"]
+    trials = server.call(
+        "POST", "runs/search", experiment_ids=[experiment], filter=f"tags.`orrery.search` = '{'1' * 32}'"
+    )
+    parents = [{t["key"]: t["value"] for t in r["data"]["tags"]}["mlflow.parentRunId"] for r in trials["runs"]]
+    assert parents == [whole["info"]["run_id"]] * 4
