@@ -169,6 +169,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
             ResourceConfig={"InstanceType": job.instance_type, "InstanceCount": 1, "VolumeSizeInGB": 1},
             StoppingCondition={"MaxRuntimeInSeconds": job.max_run_s}, Environment=job.environment,
         )  # fmt: skip
+        client.close()
         return True
 
     monkeypatch.setattr(ours, "submit", create)

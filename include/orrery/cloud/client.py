@@ -28,23 +28,23 @@ SHORT_S = 2.0  # how long an answer may take when the worker is being ended
 
 def describe(job: str, region: str | None = None) -> Seen:
     """Return a job as it is now; `Missing` when there is none of this name."""
-    with trouble(f"the SageMaker job {job} cannot be looked at"):
-        client = _client(region)
+    with trouble(f"the SageMaker job {job} cannot be looked at"), _client(region) as client:
         return _described(lambda: client.describe_training_job(TrainingJobName=job))
 
 
 def running(part: str, region: str | None = None) -> dict[str, str]:
     """Return name and status of all jobs whose name contains `part`, newest first."""
-    with trouble("SageMaker's jobs cannot be listed"):
-        pages = _client(region).get_paginator("list_training_jobs")
+    with trouble("SageMaker's jobs cannot be listed"), _client(region) as client:
+        pages = client.get_paginator("list_training_jobs")
         found = pages.paginate(NameContains=part, SortBy="CreationTime", SortOrder="Descending")
-        return {j["TrainingJobName"]: j["TrainingJobStatus"] for page in found for j in page["TrainingJobSummaries"]}
+        jobs = (j for page in found for j in page["TrainingJobSummaries"])
+        return {j["TrainingJobName"]: j["TrainingJobStatus"] for j in jobs}
 
 
 def stop(job: str, region: str | None = None, *, soon: bool = False) -> bool:
     """Ask for a job's end: SIGTERM, then two minutes to save. False when it has ended. `soon`: do not wait long."""
-    with trouble(f"the SageMaker job {job} cannot be stopped"):
-        return _stopped(lambda: _client(region, soon=soon).stop_training_job(TrainingJobName=job))
+    with trouble(f"the SageMaker job {job} cannot be stopped"), _client(region, soon=soon) as client:
+        return _stopped(lambda: client.stop_training_job(TrainingJobName=job))
 
 
 class Watcher:
@@ -100,13 +100,18 @@ def region() -> str | None:
     return str(found) if found else None
 
 
-def _client(region: str | None, *, soon: bool = False) -> Any:
+@contextlib.contextmanager
+def _client(region: str | None, *, soon: bool = False) -> Iterator[Any]:
     import botocore.config  # type: ignore[import-untyped]
     import botocore.session
 
     quick = {"connect_timeout": SHORT_S, "read_timeout": SHORT_S, "retries": {"total_max_attempts": 1}}
     config = botocore.config.Config(**(quick if soon else {}))
-    return botocore.session.get_session().create_client("sagemaker", region_name=region, config=config)
+    client = botocore.session.get_session().create_client("sagemaker", region_name=region, config=config)
+    try:
+        yield client
+    finally:
+        client.close()
 
 
 def _described(ask: Any) -> Seen:
