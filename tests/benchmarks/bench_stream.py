@@ -306,6 +306,8 @@ def train(folder: Path) -> None:
     workers = [context.Process(target=worker, args=(found, rank, pipes[rank][1])) for rank in range(2)]
     for process in workers:
         process.start()
+    for _, end in pipes:
+        end.close()  # so that a worker that fails is told from one that works
     for rank, process in enumerate(workers):
         told = pipes[rank][0].recv()
         gb[f"worker {rank}"] = round(told["gb"], 2)
@@ -324,7 +326,7 @@ def worker(found: Prepared, rank: int, pipe: Any) -> None:
     took = time.monotonic() - began
     with torch.inference_mode():
         tuned = sum(
-            len(network(b.numeric, b.categorical)) for b in found.part("tune", 0, 1, Place(rank, 2), 2).chunks()
+            len(network(b.numeric, b.categorical)) for b in found.part("tune", 0, BATCH, Place(rank, 2), 2).chunks()
         )
     pipe.send({"gb": peak(), "rows": rows, "rows_per_s": round(rows / took), "tune_rows": tuned})
 

@@ -18,10 +18,8 @@ from pydantic import BaseModel
 from orrery.contract import Result, TrainParams
 from orrery.errors import DataError, TryAgain, UserError
 from orrery.step import Work
-from orrery.training import Dataset, baseline, dataset, settings, signature, user_model
-from orrery.training.labels import classes
-from orrery.training.schema import Schema, feature_names, infer
-from orrery.training.split import Parts, split
+from orrery.training import Dataset, baseline, settings, signature, user_model
+from orrery.training.prepare import Prepared, prepared
 from orrery.training.user_model import UserModel
 
 if TYPE_CHECKING:
@@ -50,26 +48,29 @@ def run(work: Work, params: TrainParams) -> Result:
 def _train(work: Work, params: TrainParams, tracked: Run | None) -> Result:
     model = user_model.load(work.project_folder, work.config.project)
     chosen = user_model.values(model, {**_tuned(work, model), **params.overrides})
-    parts = split(dataset.read(work), work.spec.split, work.spec.task)
-    schema = infer(parts.fit, work.spec.task, classes(parts.fit, work.spec.task))
-    if not schema.columns:
-        raise DataError(
-            "the features table has no feature", hint="features.py must add a column beside the reserved ones"
-        )
-    for name in sorted(set(feature_names(parts.fit.schema)) - set(schema.columns)):
-        work.log.warning(f"feature {name} has no value in the whole window: the model does without it")
-    fit, tune = dataset.encoded(parts.fit, schema), dataset.encoded(parts.tune, schema)
-    work.log.info("training", model=model.kind, **parts.counts, features=len(schema.columns))
-    work.write("baseline.onnx", baseline.fit(fit))
+    found = prepared(work, params.processes)
+    work.log.info("training", model=model.kind, **found.rows, features=len(found.schema.columns))
+    facts = _baseline(work, found)
     if model.kind == "build":
-        trained = _with_torch(work, params, chosen, fit, tune, tracked)
+        trained = _with_torch(work, params, chosen, found, tracked)
     else:
-        trained = _with_library(work, model, chosen, fit, tune)
-    signature.predict(work.path("baseline.onnx").read_bytes(), tune, "the baseline")
-    work.write("schema.json", (schema.model_dump_json() + "\n").encode())
+        trained = _with_library(work, model, chosen, found)
+    work.write("schema.json", (found.schema.model_dump_json() + "\n").encode())
     work.write_json("params.json", trained.params)
-    work.write_json("split.json", parts.bounds)
-    return _result(work, params, parts, schema, model, trained)
+    work.write_json("split.json", found.bounds)
+    return _result(work, params, found, model, trained, facts)
+
+
+def _baseline(work: Work, found: Prepared) -> dict[str, Any]:
+    """Fit the straight line and hold it to the signature; return what the result tells of it."""
+    rows = found.sample("fit")
+    line = baseline.fit(rows)
+    work.write("baseline.onnx", line)
+    signature.predict(line, found.sample("tune"), "the baseline")
+    if not found.streamed:
+        return {}
+    work.log.info("the baseline is fitted on row groups spread over the fit part", rows=rows.rows, of=found.fit_rows)
+    return {"baseline_rows": rows.rows}
 
 
 def _tuned(work: Work, model: UserModel) -> dict[str, Any]:
@@ -83,11 +84,10 @@ def _tuned(work: Work, model: UserModel) -> dict[str, Any]:
     return found
 
 
-def _with_torch(
-    work: Work, params: TrainParams, chosen: BaseModel, fit: Dataset, tune: Dataset, tracked: Run | None
-) -> Trained:
+def _with_torch(work: Work, params: TrainParams, chosen: BaseModel, found: Prepared, tracked: Run | None) -> Trained:
     """Fit `build`'s module; its workers write model.onnx and weights.safetensors."""
     files = work.path("model.onnx"), work.path("weights.safetensors")
+    fit, tune = found.dataset("fit"), found.dataset("tune")
     numbers, report = with_workers(work, params, chosen, fit, tune, tracked, *files)
     history, best = report["history"], report["best_epoch"]
     metrics = {**history[best - 1], "epochs": float(len(history))}
@@ -125,9 +125,13 @@ def with_workers(
     return asdict(numbers), launch.run(job, params.processes, work.scratch)
 
 
-def _with_library(work: Work, model: UserModel, chosen: BaseModel, fit: Dataset, tune: Dataset) -> Trained:
-    """Let `fit` train, take the ONNX graph that its model writes, and hold it to the signature."""
-    data = signature.graph_bytes(user_model.fitted(model, fit, tune, chosen))
+def _with_library(work: Work, model: UserModel, chosen: BaseModel, found: Prepared) -> Trained:
+    """Let `fit` train, take the ONNX graph that its model writes, and hold it to the signature.
+
+    It is given all rows, of a window too large for memory in arrays mapped from files; its losses are a sample's then.
+    """
+    data = signature.graph_bytes(user_model.fitted(model, found.dataset("fit"), found.dataset("tune"), chosen))
+    fit, tune = found.sample("fit"), found.sample("tune")
     losses = {
         "fit_loss": _loss(signature.predict(data, fit, "model.py's to_onnx()"), fit, fit),
         "tune_loss": _loss(signature.predict(data, tune, "model.py's to_onnx()"), tune, fit),
@@ -150,15 +154,16 @@ def _loss(prediction: npt.NDArray[np.float32], data: Dataset, fit: Dataset) -> f
 
 
 def _result(
-    work: Work, params: TrainParams, parts: Parts, schema: Schema, model: UserModel, trained: Trained
+    work: Work, params: TrainParams, found: Prepared, model: UserModel, trained: Trained, told: dict[str, Any]
 ) -> Result:
-    rows = parts.counts
+    rows, schema = found.rows, found.schema
     metrics = {**trained.metrics, "rows": float(rows["fit"] + rows["tune"])}
     facts = {
         "kind": model.kind,
         **trained.facts,
         "rows": rows,
-        "split": parts.bounds,
+        **told,
+        "split": found.bounds,
         "features": {"numeric": len(schema.numeric), "categorical": len(schema.categorical)},
     }
     result = Result(metrics=metrics, facts=facts)
