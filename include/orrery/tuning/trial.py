@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from orrery.contract import Result, TrainParams, TrialParams
+from orrery.data.tables import LABEL, LABEL_TIME, PREDICTION_TIME
 from orrery.errors import DataError, OrreryError, RequestError, SpecError, UserError
-from orrery.evaluation import holdout, metrics
+from orrery.evaluation import metrics
 from orrery.registry import tracking
 from orrery.spec import METRICS, PRIMARY
 from orrery.step import Work
 from orrery.training import Dataset, dataset, labels, signature, train, user_model
-from orrery.training.schema import infer
-from orrery.training.split import Parts, split
+from orrery.training.prepare import Prepared, prepared
+from orrery.training.split import EPOCH, Bounds, micros
 from orrery.training.user_model import UserModel
 from orrery.tuning.outcome import CHAMPION, DEFAULTS, NAME, PREDICTIONS, TRUTH, Outcome
 from orrery.tuning.space import Space, space
@@ -143,9 +146,8 @@ def _outcome(
     work: Work, params: TrialParams, model: UserModel, asked: Asked, pruning: Pruning | None, tracked: Run | None
 ) -> Outcome:
     metric = PRIMARY[work.spec.task]
-    parts = split(dataset.read(work), work.spec.split, work.spec.task)
-    schema = infer(parts.fit, work.spec.task, labels.classes(parts.fit, work.spec.task))
-    fit, tune = dataset.encoded(parts.fit, schema), dataset.encoded(parts.tune, schema)
+    data = prepared(work, work.spec.train.processes)
+    fit, tune = data.dataset("fit"), data.dataset("tune")
     known = {"number": params.number, "params": asked.params, "metric": metric}
     try:
         tried = _tried(work, model, {**asked.params, **work.spec.train.params}, fit, tune, pruning, tracked)
@@ -163,7 +165,7 @@ def _outcome(
         return Outcome(**known, state="failed", epochs=epochs, why=f"{metric} is not a number on the tune part")
     work.write(PREDICTIONS, _npy(tried.predictions))
     if params.number == DEFAULTS:
-        _write_truth(work, parts, tune)
+        _write_truth(work, data, tune)
     return Outcome(**known, state="complete", value=float(value), epochs=epochs)
 
 
@@ -189,13 +191,30 @@ def _tried(
     return Tried(report["history"], signature.predict(onnx.read_bytes(), tune, "the trial's export"))
 
 
-def _write_truth(work: Work, parts: Parts, tune: Dataset) -> None:
+def _write_truth(work: Work, data: Prepared, tune: Dataset) -> None:
     """Keep what all trials are measured on, once: labels and prediction times of the tune part."""
-    moments = holdout.moments(parts.tune)
-    if tune.schema.task == "multiclass":  # rows of a class that the fit part lacks are in no part
-        moments = moments[labels.encode(parts.tune, "multiclass", tune.schema.classes) >= 0]
-    work.write(TRUTH[0], _npy(tune.label))
+    moments = _moments(work, data, tune)
+    if moments is None:
+        work.log.warning("the tune part is not in the order of its times: the bootstrap will draw rows, not days")
+        moments = np.zeros(tune.rows, dtype=np.int64)
+    work.write(TRUTH[0], _npy(np.asarray(tune.label)))
     work.write(TRUTH[1], _npy(moments))
+
+
+def _moments(work: Work, data: Prepared, tune: Dataset) -> npt.NDArray[np.int64] | None:
+    """Return `prediction_time` [N] of the tune part in microseconds; None where it has another order than the files."""
+    starts = (datetime.fromisoformat(data.bounds[name]) for name in ("tune_start", "holdout_start"))
+    bounds = Bounds(*((start - EPOCH) // timedelta(microseconds=1) for start in starts))
+    times, truth = [], []
+    for piece in dataset.Window(work).pieces((PREDICTION_TIME, LABEL, LABEL_TIME)):
+        known = piece.filter(labels.is_known(piece[LABEL]))
+        kept = known.filter(pa.array(bounds.masks(known)["tune"]))
+        label = labels.encode(kept, tune.schema.task, tune.schema.classes)
+        there = label >= 0 if tune.schema.task == "multiclass" else np.ones(len(label), dtype=np.bool_)
+        times.append(micros(kept, PREDICTION_TIME)[there])
+        truth.append(label[there])
+    same = np.array_equal(np.concatenate(truth), tune.label)
+    return np.concatenate(times) if same else None
 
 
 def _npy(array: npt.NDArray[Any]) -> bytes:
