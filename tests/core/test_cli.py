@@ -110,6 +110,8 @@ def test_help(orrery, name: str) -> None:  # type: ignore[no-untyped-def]
         ),
         (["run", "delays", "validate", "--partition", "2013-01"], 64, "has no raw for 2013-01; there is none yet"),
         (["run", "delays", "promote", "--partition", "2013-01"], 64, "promote needs --version"),
+        (["run", "delays", "trial", "--window", "2013-01..2013-02"], 64, "orrery run delays tune"),
+        (["run", "delays", "tune", "--window", "2013-01..2013-02"], 64, "its spec.yaml has no `tune`"),
         (["run", "delays", "rollback", "--partition", "2013-01"], 64, "orrery rollback delays"),
         (["run", "delays", "train", "--partition", "2013-01", "--version", "1"], 64, "--version is for promote"),
         (["run", "delays"], 2, "Missing argument"),

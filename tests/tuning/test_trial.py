@@ -171,3 +171,13 @@ def test_the_defaults_are_never_stopped(tmp_path: Path) -> None:
         )
     made.try_(0)
     assert made.outcome(0).state == "complete" and len(made.outcome(0).epochs) == 3
+
+
+def test_one_at_a_time_a_search_repeats_itself(tmp_path: Path) -> None:
+    outcomes = []
+    for folder in ("one", "two"):
+        made = search(tmp_path / folder, LINE_MODEL, rows=600)
+        for number in range(12):
+            made.try_(number)
+        outcomes.append([made.outcome(number) for number in range(12)])
+    assert outcomes[0] == outcomes[1]

@@ -71,10 +71,10 @@ class Line:
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 def fit(train, valid, params):
-    if params.weight > 0.95:
-        raise ValueError("too heavy")
     while os.path.exists(os.environ.get("HOLD_FIT", "")):
         time.sleep(0.05)
+    if params.weight > 0.95:
+        raise ValueError("too heavy")
     return Line(train.schema, params)
 """
 
