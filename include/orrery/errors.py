@@ -1,6 +1,7 @@
 """The one exception tree, with the exit code that each kind of end has.
 
 OrreryError                 1    a bug of ours, or one in a model's own code
+├── RankLost               1    a process of a training died or had hung
 ├── UserError              64    someone must act: never retried
 │   ├── SpecError                spec.yaml, platform.yaml or airflow_settings.yaml is wrong
 │   ├── RequestError             a run was asked for something that cannot be
@@ -33,6 +34,10 @@ class OrreryError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\n  → {self.hint}" if self.hint else self.message
+
+
+class RankLost(OrreryError):
+    """One of a training's processes died, or had hung: the machine's fault more often than the code's."""
 
 
 class UserError(OrreryError):

@@ -1,4 +1,4 @@
-"""How far a training attempt came: `progress.json` in its folder, written while it goes on, read when it is gone. Light.
+"""How far a training attempt came: `progress.json` in its folder, written while it goes on, read afterwards. Light.
 
 A killed attempt leaves no result document. What it did up to its end is known from this one.
 """
@@ -26,5 +26,5 @@ class Progress(BaseModel):
     step_s: float = Field(0.0, description="Median seconds of one step of this attempt.")
     seconds: dict[str, float] = Field(
         default_factory=dict,
-        description="Of this attempt since `began`: `step`, `evaluate`, `checkpoint` (the training stood still for it).",
+        description="Since `began`: `step`, `evaluate`, `checkpoint` (the training stood still for it).",
     )

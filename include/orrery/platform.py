@@ -82,7 +82,9 @@ class Compute(Frozen):
     spot: bool = Field(False, description="Interruptible machines.")
     price_per_hour: float = Field(0.0, ge=0, description="In the platform's currency, for the ledger; 0: not known.")
     on_demand_price_per_hour: float | None = Field(
-        None, gt=0, description="What the same machine costs when it is not `spot`; none: the fallback's price is taken."
+        None,
+        gt=0,
+        description="What the same machine costs when it is not `spot`; none: the fallback's price is taken.",
     )
     pool: Name | Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,62}$")] = "orrery-light"
     timeout: Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]*(s|m|h)$")] = "2h"

@@ -307,7 +307,7 @@ class Train(Frozen):
     checkpoint: Checkpoint = Checkpoint()
     spot: Spot = Spot()
     budget: float | None = Field(
-        None, gt=0, description="Most that one run's attempts may cost, in the platform's currency; then none is started."
+        None, gt=0, description="Most that one run's attempts may cost, in the platform's currency."
     )
     seed: int = Field(0, ge=0, le=2**31 - 1)
     params: dict[str, Any] = Field(default_factory=dict, description="Values for model.py's Params, over its defaults.")

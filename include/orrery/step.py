@@ -48,6 +48,7 @@ class Work:
         self._lease: Lease | None = None
         self._committing = False
         self._evidence: dict[str, str] = {}
+        self._afterwards: list[Callable[[], None]] = []
 
     # -- what is given ---------------------------------------------------------------------------
 
@@ -157,6 +158,16 @@ class Work:
         for file in sorted(p for p in folder.rglob("*") if p.is_file()):
             self.evidence(f"{name}/{file.relative_to(folder).as_posix()}", file)
         return f"{self.config.folder}/evidence/{name}"
+
+    def afterwards(self, clean: Callable[[], None]) -> None:
+        """Do something once the output is committed: remove what was kept only to go on after an interruption."""
+        self._afterwards.append(clean)
+
+    def clean(self) -> None:
+        """Do what `afterwards` was asked for; what cannot be removed costs nothing but room."""
+        for clean in self._afterwards:
+            with contextlib.suppress(OrreryError, OSError):
+                clean()
 
     def discard(self) -> None:
         """Remove what this attempt wrote for nothing: retries on a full disk must not make it fuller.
@@ -271,6 +282,7 @@ def execute(config: StepConfig, store: Store, scratch: Path, seconds: dict[str, 
         if manifest.attempt != config.folder:
             result = _other(work, manifest, result)
         work.publish(manifest, result)
+        work.clean()
         seconds["commit"] = time.monotonic() - began
     result.output, result.digest = manifest.path, manifest.digest
     return result

@@ -82,7 +82,7 @@ def test_the_loop_takes_its_numbers_from_params_and_refuses_what_cannot_be(tmp_p
     fields = "epochs: int = 7\n    batch_size: int = 1000\n    learning_rate: float = 0.5\n"
     text = f"from pydantic import BaseModel\nclass Params(BaseModel):\n    {fields}def build(schema, params): ...\n"
     model = load(project(tmp_path, text), "loop")
-    assert from_params(values(model, {}), 2) == Settings(0.5, 0.01, 7, 1000)
+    assert from_params(values(model, {}), 2) == Settings(0.5, 0.01, 7, 1000, strategy="ddp")
     with pytest.raises(SpecError, match=r"batch_size 1000 \(global\) = processes 3 x 333.33 rows") as e:
         from_params(values(model, {}), 3)
     assert "999 or 1002" in e.value.hint

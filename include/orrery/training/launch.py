@@ -18,52 +18,92 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from pydantic import ValidationError
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from orrery import errors
-from orrery.errors import Interrupted, OrreryError
+from orrery.errors import INTERRUPTED, Interrupted, OrreryError, RankLost
+from orrery.goodput import Progress
+from orrery.spec import seconds
 from orrery.training import worker
+from orrery.training.watch import Watch
 
+LOST = "the next attempt goes on from the newest checkpoint"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
+# What the ranks have, beside the time for a save, to end after SIGTERM.
+SPARE_S = 2
+
+
 def run(job: worker.Job, processes: int, scratch: Path) -> dict[str, Any]:
-    """Train with that many processes and return what rank 0 found out. Raises the error that the workers tell."""
+    """Train with that many processes and return what rank 0 found out.
+
+    Raises the error that the workers tell; `Interrupted`, whose details say how far the training came, when it was
+    told to stop; `RankLost` when a process died or had hung.
+    """
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id="orrery", role="train", max_restarts=0,
         # A fixed address, not --standalone: after a crash that one stumbles over keys of the run before.
         rdzv_backend="static", rdzv_endpoint=f"127.0.0.1:{_free_port()}", rdzv_configs={"rank": 0, "timeout": 60},
         local_addr="127.0.0.1", start_method="fork" if sys.platform == "linux" else "spawn",
-        logs_specs=DefaultLogsSpecs(log_dir=str(scratch / "torchrun")), shutdown_timeout=3,
+        logs_specs=DefaultLogsSpecs(log_dir=str(scratch / "torchrun")),
+        # After SIGTERM the ranks save; torchrun's agent kills who has not ended by then.
+        shutdown_timeout=int(seconds(job.checkpoint.within)) + SPARE_S,
     )  # fmt: skip
     (scratch / "torchrun").mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
+    if job.settings.strategy.startswith("zero") and not torch.cuda.is_available():
+        from orrery.training import zero
+
+        zero.imported(cuda=False)  # 7 s, once for all ranks
+    (job.scratch / worker.STOPPED).unlink(missing_ok=True)
+    watch = Watch([job.beat(rank) for rank in range(processes)])
     try:
-        with _handlers_restored(), _environment():
+        with _handlers_restored(), _environment(), watch:
             returned: dict[int, dict[str, Any]] = elastic_launch(config, worker.main)(job)
     except SignalException as e:
-        raise Interrupted(f"{signal.Signals(e.sigval).name}: told to stop while training") from None
+        raise _interrupted(job, signal.Signals(e.sigval).name) from None
     except ChildFailedError as e:
-        raise _failure(e) from None
+        raise _failure(job, e, watch.said) from None
     report = returned[0]
+    if "interrupted" in report:
+        raise _interrupted(job, "SIGTERM")
     if "error" in report:
         kind, message, hint = report["error"]
         raise getattr(errors, kind, OrreryError)(message, hint=hint)
     return report
 
 
-def _failure(error: ChildFailedError) -> OrreryError:
-    rank, failure = error.get_first_failure()
-    how = (
-        f"signal {signal.Signals(-failure.exitcode).name}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-    )
+def _interrupted(job: worker.Job, name: str) -> Interrupted:
+    """Return the error of a training that was told to stop: how far it came, and what is saved of it."""
+    try:
+        found = Progress.model_validate_json((job.scratch / worker.STOPPED).read_bytes())
+    except (OSError, ValidationError):
+        return Interrupted(f"{name}: told to stop before the training had begun, or too late to save")
+    saved = f"saved up to step {found.committed:,}" if found.committed else "nothing was saved"
+    text = f"{name}: told to stop at step {found.step:,} of {found.total:,}; {saved}"
+    return Interrupted(text, hint="the next attempt goes on from there", details=found.model_dump(mode="json"))
+
+
+def _failure(job: worker.Job, error: ChildFailedError, said: str) -> OrreryError:
+    # Of two that failed, the one that a signal ended is why the other lost its peer.
+    failures = sorted(error.failures.items(), key=lambda f: (f[1].exitcode > 0, f[1].timestamp))
+    rank, failure = failures[0]
+    code = failure.exitcode
+    if said:
+        return RankLost(said, hint=LOST)
+    if -code in (signal.SIGTERM, signal.SIGINT) or code == INTERRUPTED:
+        return _interrupted(job, "SIGTERM")
+    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    if code < 0:
+        oom = "; often out of memory: give it a larger compute class" if code == -signal.SIGKILL else ""
+        return RankLost(f"training process {rank} ended with {how}", hint=LOST + oom)
     text = failure.message if isinstance(failure.message, str) else str(failure.message)
-    if failure.exitcode in (-signal.SIGTERM, -signal.SIGINT):
-        return Interrupted(f"training process {rank} was told to stop ({how})")
-    hint = "often out of memory: give it a larger compute class" if failure.exitcode == -signal.SIGKILL else ""
-    return OrreryError(f"training process {rank} ended with {how}: {text[:2000]}", hint=hint)
+    return OrreryError(f"training process {rank} ended with {how}: {text[:2000]}")
 
 
 def _free_port() -> int:
@@ -90,6 +130,8 @@ def _handlers_restored() -> Iterator[None]:
 def _environment() -> Iterator[None]:
     """Set what the workers inherit: one thread each, and gloo on the loopback (all of them are on this machine)."""
     wanted = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    # cuBLAS is deterministic with a workspace of its own (docs.nvidia.com/cuda/cublas, Results reproducibility).
+    wanted["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     if sys.platform == "linux":
         wanted["GLOO_SOCKET_IFNAME"] = "lo"
     before = {name: os.environ.get(name) for name in (*wanted, "TORCHELASTIC_SIGNALS_TO_HANDLE")}

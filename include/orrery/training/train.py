@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from orrery.training.user_model import UserModel
 
 if TYPE_CHECKING:
     from orrery.registry.client import Run
-    from orrery.training.trainer import Watch
+    from orrery.training.worker import Watch
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,10 @@ def _tuned(work: Work, model: UserModel) -> dict[str, Any]:
 def _with_torch(work: Work, params: TrainParams, chosen: BaseModel, found: Prepared, tracked: Run | None) -> Trained:
     """Fit `build`'s module; its workers write model.onnx and weights.safetensors."""
     files = work.path("model.onnx"), work.path("weights.safetensors")
-    fit, tune = found.dataset("fit"), found.dataset("tune")
-    numbers, report = with_workers(work, params, chosen, fit, tune, tracked, *files)
+    numbers, report = with_workers(work, params, chosen, found, tracked, *files)
     history, best = report["history"], report["best_epoch"]
     metrics = {**history[best - 1], "epochs": float(len(history))}
-    facts = {"weights_digest": report["weights_digest"], "best_epoch": best, "head": report["head"]}
+    facts = {k: report[k] for k in ("weights_digest", "best_epoch", "head", "steps")}
     return Trained({**numbers, **chosen.model_dump(mode="json")}, history, metrics, facts)
 
 
@@ -99,8 +98,7 @@ def with_workers(
     work: Work,
     params: TrainParams,
     chosen: BaseModel,
-    fit: Dataset,
-    tune: Dataset,
+    data: Prepared,
     tracked: Run | None,
     onnx: Path,
     weights: Path,
@@ -109,20 +107,24 @@ def with_workers(
     """Fit `build`'s module with torchrun's workers, which write the two files; return the loop's numbers, and a report.
 
     What the watch has stopped has no files, and a report with `stopped`. A trial of a search trains through here, too.
+    Raises `Interrupted` when it is told to stop; the next attempt goes on from the checkpoint.
     """
     from orrery.training import launch, worker
 
-    numbers = settings.from_params(chosen, params.processes)
-    if fit.rows < params.processes:
-        raise DataError(f"{fit.rows} rows to fit on, for {params.processes} processes", hint="see train.processes")
+    wanted = work.spec.train
+    numbers = settings.from_params(chosen, params.processes, wanted)
+    if data.fit_rows < params.processes:
+        raise DataError(f"{data.fit_rows} rows to fit on, for {params.processes} processes", hint="see train.processes")
+    checkpoints = f"{work.config.project}/{work.config.verb}/{work.address}/checkpoints"
     job = worker.Job(
-        project_folder=work.project_folder, project=work.config.project, schema=fit.schema,
-        params=chosen.model_dump(mode="json"), settings=numbers, seed=params.seed, arrays=work.scratch / "arrays",
-        onnx=onnx, weights=weights, tracked=tracked, watch=watch,
+        project_folder=work.project_folder, project=work.config.project, params=chosen.model_dump(mode="json"),
+        settings=numbers, seed=params.seed, data=data, scratch=work.scratch, checkpoint=wanted.checkpoint, onnx=onnx,
+        weights=weights, store=work.store.uri, checkpoints=checkpoints, attempt=work.config.folder,
+        lanes=wanted.processes, tracked=tracked, watch=watch,
     )  # fmt: skip
-    worker.save(job, "fit", fit)
-    worker.save(job, "tune", tune)
-    return asdict(numbers), launch.run(job, params.processes, work.scratch)
+    report = launch.run(job, params.processes, work.scratch)
+    work.afterwards(lambda: work.store.remove(checkpoints))
+    return numbers.numbers, report
 
 
 def _with_library(work: Work, model: UserModel, chosen: BaseModel, found: Prepared) -> Trained:

@@ -1,16 +1,23 @@
-"""The training loop: one process's part of a data-parallel fit that comes out the same on every run.
+"""The training loop: one process's part of a fit that comes out the same on every run, interrupted or not.
 
 The order of the rows follows from (seed, epoch) alone; rank r of w takes rows r, r+w, ... of every global
-batch and the gradients are averaged, so the number of processes changes rounding and dropout, nothing else.
+batch and the gradients are averaged, so the number of processes changes rounding and dropout, nothing else. What a
+checkpoint holds is the whole state between two steps: whoever goes on from it does what would have been done anyway.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
-import copy
+import math
+import random
+import resource
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,132 +26,237 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from orrery import log
-from orrery.errors import SpecError, UserError
-from orrery.training import Dataset, user_model
+from orrery.errors import UserError
+from orrery.spec import Checkpoint
+from orrery.training.batches import Batch, Part
+from orrery.training.control import Control, Stop
+from orrery.training.interval import Schedule
 from orrery.training.network import Network
+from orrery.training.place import Place
+from orrery.training.prepare import Prepared
+from orrery.training.saving import Saver
 from orrery.training.settings import Settings
+from orrery.training.strategies import Strategy
 
-Tell = Callable[[int, dict[str, float]], None]
-# Asked by rank 0 after each epoch (its number from 0, its losses): True stops the training, without a model.
-Watch = Callable[[int, dict[str, float]], bool]
-PATIENCE = 3  # epochs without a better loss on the tune part
-TRIED_ROWS = 32  # of one trial step: enough for a batch norm
-CHUNK = 8192  # rows of one forward pass where no gradient is needed
+STEPS_KEPT = 4096  # of the newest steps' durations: enough for a median
+NORM_EVERY = 50  # steps; a norm of all gradients costs as much as a tenth of a small network's step
 
 
-@dataclass(frozen=True)
-class Place:
-    """Which process this is, of how many."""
+@dataclass
+class State:
+    """Where a training is: between step `step` of `epoch` and the next. JSON, the same on every rank."""
 
-    rank: int = 0
-    world: int = 1
+    epoch: int = 1
+    step: int = 0
+    done: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    best: float | None = None
+    best_epoch: int = 0
+    ended: bool = False
 
 
 @dataclass
 class Fitted:
-    """How a fit went: one entry per epoch, and the epoch whose weights were kept."""
+    """How a fit went: one entry per epoch, and the epoch whose weights were kept. `stopped`: by the hook `watch`."""
 
     history: list[dict[str, float]]
     best_epoch: int
-    stopped: bool = False  # by the watch: there is no model to export
+    stopped: bool = False
+
+
+@dataclass
+class Hooks:
+    """Who is told of what, on rank 0.
+
+    `tell` gets an epoch's number, from 0, its losses and what was measured; `watch` the number and the losses, and
+    ends the training when it returns True.
+    """
+
+    tell: Callable[[int, dict[str, float]], None] = lambda epoch, entry: None
+    watch: Callable[[int, dict[str, float]], bool] | None = None
+
+
+class Clock:
+    """Seconds of this attempt by what they were spent on, and the newest steps' own."""
+
+    def __init__(self) -> None:
+        self.began = time.time()
+        self.seconds: dict[str, float] = {"step": 0.0, "evaluate": 0.0, "checkpoint": 0.0}
+        self.steps: deque[float] = deque(maxlen=STEPS_KEPT)
+
+    @contextlib.contextmanager
+    def of(self, what: str) -> Iterator[None]:
+        """Count what happens inside."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - began
+
+    def step(self, seconds: float) -> None:
+        """Count one step."""
+        self.seconds["step"] += seconds
+        self.steps.append(seconds)
+
+    @property
+    def step_s(self) -> float:
+        """Median seconds of a step; 0 before the first."""
+        return median(self.steps) if self.steps else 0.0
 
 
 class Trainer:
-    """Fits `network.module` on the fit part; the tune part says when to stop."""
+    """Fits the network's module on the fit part; the tune part says when to stop."""
 
-    def __init__(self, network: Network, task: str, settings: Settings, seed: int, place: Place) -> None:
-        self.network, self.task, self.settings, self.seed, self.place = network, task, settings, seed, place
-        self.replica = _replicate(network.module, place)
-        # fused: one kernel for all parameters, a third of the step's time for small networks on a CPU.
-        self.optimizer = torch.optim.AdamW(
-            self.replica.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-        )
+    def __init__(
+        self,
+        network: Network,
+        data: Prepared,
+        settings: Settings,
+        place: Place,
+        strategy: Strategy,
+        saver: Saver,
+        checkpoint: Checkpoint,
+        control: Control,
+        device: torch.device,
+        hooks: Hooks | None = None,
+    ) -> None:
+        self.task, self.settings, self.place = data.schema.task, settings, place
+        self._target = data.label_mean, data.label_std
+        self.strategy, self.saver, self.checkpoint, self.control = strategy, saver, checkpoint, control
+        self.device, self.hooks = device, hooks or Hooks()
+        self.inputs = network.inputs.to(device)
+        self.state, self.clock, self.resumed = State(), Clock(), 0
+        self.total, self.started = 0, False
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._kept: dict[str, Any] = {}
+        self._norm, self._epoch_began, self._rows, self._stopped = 0.0, 0.0, 0, False
 
-    def fit(
-        self, fit: Dataset, tune: Dataset, tell: Tell = lambda step, entry: None, watch: Watch | None = None
-    ) -> Fitted:
-        """Train until the epochs are over or patience is out; the network is left with its best weights.
+    # -- the loop ----------------------------------------------------------------------------------
 
-        `tell` is given each epoch's number, from 0, and its losses; `watch` may stop the training after each.
+    def fit(self, fit: Part, tune: Part) -> Fitted:
+        """Train until the epochs are over or patience is out, from the newest checkpoint when there is one.
+
+        Raises `Stop` when the processes were told to; then the state is saved, as far as there was time.
         """
-        steps = self.settings.epochs * len(self._starts(fit.rows))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
-        history: list[dict[str, float]] = []
-        best, best_epoch, kept = float("inf"), 0, _copy(self.network.module)
-        with self._progress() as tick:
-            for epoch in range(1, self.settings.epochs + 1):
-                began = time.monotonic()
-                entry = {"fit_loss": self._epoch(fit, epoch, schedule), "tune_loss": self.loss(tune)}
-                self._refuse_broken(entry, epoch)
-                tell(len(history), entry)
-                history.append(entry)
-                if entry["tune_loss"] < best:
-                    best, best_epoch, kept = entry["tune_loss"], epoch, _copy(self.network.module)
-                self._say(epoch, entry, time.monotonic() - began, epoch == best_epoch)
-                tick()
-                if self._stops(watch, epoch - 1, entry):
-                    return Fitted(history, best_epoch, stopped=True)
-                if epoch - best_epoch >= PATIENCE:
-                    break
-        self.network.module.load_state_dict(kept)
-        return Fitted(history, best_epoch)
+        self.total = self.settings.epochs * fit.steps
+        self._restore()
+        self.schedule = Schedule(self.checkpoint, time.monotonic(), self.resumed)
+        self.clock, self.started = Clock(), True
+        try:
+            with self._progress() as tick:
+                tick(self.state.epoch - 1)
+                while not self.state.ended:
+                    self._epoch(fit)
+                    self._judge(tune)
+                    tick()
+            with self.clock.of("checkpoint"), self.control.away():
+                self._save()
+                self.saver.wait()
+        except Stop:
+            self._stop()
+            raise
+        return Fitted(self.state.history, self.state.best_epoch, self._stopped)
 
-    def _stops(self, watch: Watch | None, step: int, entry: dict[str, float]) -> bool:
-        """Ask the watch on rank 0; all ranks get its answer."""
-        if watch is None:
+    def weights(self) -> dict[str, Tensor]:
+        """Return the best epoch's weights, whole, on rank 0. Collective."""
+        return self.strategy.whole(self._kept)
+
+    def _epoch(self, fit: Part) -> None:
+        self.strategy.replica.train()
+        self._epoch_began, self._rows = time.perf_counter(), 0
+        last = time.perf_counter()
+        for batch in fit.batches(self.state.epoch, self.state.step):
+            self._step(batch, fit)
+            now = time.perf_counter()
+            self.clock.step(now - last)
+            if self.control.tick(self.schedule.due(self.state.done, time.monotonic())):
+                with self.clock.of("checkpoint"), self.control.away():
+                    self._save()
+            last = time.perf_counter()
+
+    def _step(self, batch: Batch, fit: Part) -> None:
+        """One optimiser step on this process's share of a global batch, in passes of `microbatch` rows."""
+        rows, size = batch.rows, self.settings.microbatch or batch.rows
+        self._learning_rate()
+        for start in range(0, rows, size):
+            few = Batch(*(t[start : start + size].to(self.device, non_blocking=True) for t in batch))
+            last = start + size >= rows
+            self.strategy.prepare(last=last)
+            loss = self._losses(self._forward(few), few.label).sum() / rows
+            self.strategy.backward(loss, last=last)
+            self._loss += loss.detach()
+        norm = self.strategy.step(norm=self.state.done % NORM_EVERY == 0)
+        if norm is not None and self.state.done % NORM_EVERY == 0:
+            self._norm = float(norm)
+        self.state.step += 1
+        self.state.done += 1
+        self._rows += rows * self.place.world
+
+    def _learning_rate(self) -> None:
+        """Set the cosine schedule's rate of this step (Loshchilov and Hutter 2017), a function of the step alone."""
+        rate = 0.5 * self.settings.learning_rate * (1 + math.cos(math.pi * self.state.done / max(1, self.total)))
+        for group in self.strategy.optimizer.param_groups:
+            group["lr"] = rate
+
+    def _judge(self, tune: Part) -> None:
+        """End an epoch: measure it, keep its weights when they are the best so far, and see whether to go on."""
+        state, seconds = self.state, time.perf_counter() - self._epoch_began
+        with self.clock.of("evaluate"):
+            entry = {
+                "fit_loss": self._sum(self._loss) / (max(1, state.step) * self.place.world),
+                "tune_loss": self.loss(tune),
+            }
+            self._refuse_broken(entry, state.epoch)
+            state.history.append(entry)
+            if state.best is None or entry["tune_loss"] < state.best:
+                state.best, state.best_epoch, self._kept = entry["tune_loss"], state.epoch, self.strategy.copy()
+            self._stopped = self._watched(entry)
+        measured = {
+            "rows_per_s": self._rows / max(seconds, 1e-9),
+            "gradient_norm": self._norm,
+            "learning_rate": float(self.strategy.optimizer.param_groups[0]["lr"]),
+            **self._use(),
+        }
+        if self.place.rank == 0:
+            self.hooks.tell(state.epoch - 1, {**entry, **measured})
+        self._say(state.epoch, entry, measured, seconds)
+        out_of_patience = state.epoch - state.best_epoch >= self.settings.patience
+        state.ended = self._stopped or out_of_patience or state.epoch >= self.settings.epochs
+        state.epoch, state.step = state.epoch + 1, 0
+        self._loss.zero_()
+
+    def _watched(self, entry: dict[str, float]) -> bool:
+        """Ask rank 0's hook whether to stop; all ranks hear the same."""
+        if self.hooks.watch is None:
             return False
-        stop = self.place.rank == 0 and watch(step, entry)
-        return self._sum(torch.tensor(float(stop))) > 0
+        stop = torch.zeros((), dtype=torch.float64)
+        if self.place.rank == 0:
+            stop += float(self.hooks.watch(self.state.epoch - 1, entry))
+        return self._sum(stop) > 0
 
-    def _starts(self, rows: int) -> range:
-        """Return where the global batches begin. A last, smaller one is left out: the next order uses its rows."""
-        size = self._batch(rows)
-        return range(0, rows - size + 1, size)
+    # -- forward -----------------------------------------------------------------------------------
 
-    def _batch(self, rows: int) -> int:
-        return min(self.settings.batch_size, rows - rows % self.place.world)
+    def _forward(self, batch: Batch) -> Tensor:
+        with self._autocast():
+            output: Tensor = self.strategy.replica(self.inputs(batch.numeric), batch.categorical)
+        return output.float()
 
-    def _batches(self, rows: int, epoch: int) -> Iterator[npt.NDArray[np.int64]]:
-        order = np.random.default_rng((self.seed, epoch)).permutation(rows)
-        for start in self._starts(rows):
-            yield order[start : start + self._batch(rows)][self.place.rank :: self.place.world]
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.settings.precision == "bf16":
+            bf16: contextlib.AbstractContextManager[Any] = torch.autocast(self.device.type, dtype=torch.bfloat16)
+            return bf16
+        return contextlib.nullcontext()
 
-    def _epoch(self, data: Dataset, epoch: int, schedule: torch.optim.lr_scheduler.LRScheduler) -> float:
-        self.replica.train()
-        total, batches = torch.zeros((), dtype=torch.float64), 0
-        for rows in self._batches(data.rows, epoch):
-            numeric, categorical, label = _tensors(data, rows)
-            loss = self._losses(self.replica(self.network.inputs(numeric), categorical), label).mean()
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-            schedule.step()
-            total += loss.detach()
-            batches += 1
-        return self._sum(total) / (batches * self.place.world)
-
-    def loss(self, data: Dataset) -> float:
+    def loss(self, part: Part) -> float:
         """Return the mean loss over a part; every rank computes its share and is given the same number."""
-        rows = np.arange(self.place.rank, data.rows, self.place.world)
-        total = torch.zeros((), dtype=torch.float64)
-        for _, label, output in self._outputs(data, rows):
-            total += self._losses(output, label).sum(dtype=torch.float64)
-        return self._sum(total) / data.rows
-
-    def outputs(self, data: Dataset) -> npt.NDArray[np.float32]:
-        """Return the user's module's outputs for a whole part."""
-        parts = [output.numpy() for _, _, output in self._outputs(data, np.arange(data.rows))]
-        return np.concatenate(parts)
-
-    def _outputs(
-        self, data: Dataset, rows: npt.NDArray[np.int64]
-    ) -> Iterator[tuple[npt.NDArray[np.int64], Tensor, Tensor]]:
-        self.network.eval()
-        with torch.inference_mode():
-            for start in range(0, len(rows), CHUNK):
-                chunk = rows[start : start + CHUNK]
-                numeric, categorical, label = _tensors(data, chunk)
-                yield chunk, label, self.network.output(numeric, categorical)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.strategy.replica.eval()
+        with torch.no_grad():
+            for chunk in part.chunks():
+                few = Batch(*(t.to(self.device) for t in chunk))
+                total += self._losses(self._forward(few), few.label).sum(dtype=torch.float64)
+                self.control.tick(False)
+        return self._sum(total) / part.rows
 
     def _losses(self, output: Tensor, label: Tensor) -> Tensor:
         """Return one loss per row."""
@@ -152,13 +264,70 @@ class Trainer:
             return nn.functional.binary_cross_entropy_with_logits(output, label, reduction="none")
         if self.task == "multiclass":
             return nn.functional.cross_entropy(output, label, reduction="none")
-        return (output - label) ** 2
+        shift, scale = self._target  # of a regression: the network learns the standardised label
+        return (output - (label - shift) / scale) ** 2
 
     def _sum(self, value: Tensor) -> float:
         """Return the sum over all ranks: the same number on each, so that all decide alike."""
         if self.place.world > 1:
+            value = value.clone().to(self.device)
             dist.all_reduce(value)
         return float(value)
+
+    # -- state -------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        """Begin a checkpoint of the moment."""
+        self.saver.begin(self.state.done, self._tensors(), asdict(self.state), self._own())
+        self.schedule.saved(self.state.done, time.monotonic(), self.saver.cost())
+
+    def _tensors(self) -> dict[str, Any]:
+        return {**self.strategy.tensors(), "best": self._kept}
+
+    def _stop(self) -> None:
+        """Save what was done since the last commit; the processes are at the same step (see `control`)."""
+        began = time.perf_counter()
+        if self.state.done > max(self.saver.committed(), self.resumed):
+            with self.clock.of("checkpoint"), self.control.away():
+                self._save()
+                self.saver.wait()
+        else:
+            self.saver.wait()
+        if self.place.rank == 0:
+            log.get().info(
+                "told to stop: saved",
+                step=self.state.done,
+                of=self.total,
+                seconds=round(time.perf_counter() - began, 2),
+            )
+
+    def _restore(self) -> None:
+        """Go on from the newest checkpoint, if there is one."""
+        self._kept = self.strategy.copy()
+        tensors = self._tensors()
+        found = self.saver.load(tensors)
+        if found is None:
+            self.strategy.forget()
+            return
+        self.strategy.restore(tensors)
+        self._kept = tensors["best"]
+        self.state = State(**found.shared)
+        self.resumed = self.state.done
+        if found.own is not None:
+            self._loss = torch.tensor(found.own["loss"], dtype=torch.float64, device=self.device)
+            restore_random(found.own["random"])
+        if self.place.rank == 0:
+            log.get().info(
+                f"goes on from step {self.state.done:,} of {self.total:,}",
+                epoch=self.state.epoch,
+                checkpoint=found.path,
+            )
+
+    def _own(self) -> dict[str, Any]:
+        """Return what is this rank's alone."""
+        return {"loss": float(self._loss), "random": random_state()}
+
+    # -- words -------------------------------------------------------------------------------------
 
     def _progress(self) -> contextlib.AbstractContextManager[log.Tick]:
         if self.place.rank == 0:
@@ -172,63 +341,45 @@ class Trainer:
                 hint=f"lower learning_rate (now {self.settings.learning_rate:g}) or look at model.py's forward",
             )
 
-    def _say(self, epoch: int, entry: dict[str, float], seconds: float, best: bool) -> None:
+    def _use(self) -> dict[str, float]:
+        """Return how much memory this process's device had in use at most, in MiB."""
+        if self.device.type == "cuda":
+            return {"gpu_memory_mb": torch.cuda.max_memory_allocated(self.device) / 2**20}
+        return {"memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+    def _say(self, epoch: int, entry: dict[str, float], measured: dict[str, float], seconds: float) -> None:
         if self.place.rank == 0:
             shown = {k: round(v, 5) for k, v in entry.items()}
-            log.get().info(f"epoch {epoch}", **shown, seconds=round(seconds, 2), best=best)
+            best = epoch == self.state.best_epoch
+            speed = round(measured["rows_per_s"])
+            log.get().info(f"epoch {epoch}", **shown, rows_per_s=speed, seconds=round(seconds, 2), best=best)
 
 
-def refuse_shape(network: Network, task: str, classes: int, data: Dataset) -> None:
-    """Try the user's module on two rows. Raises `SpecError` when it fails or its output has another shape."""
-    numeric, categorical, _ = _tensors(data, np.arange(min(2, data.rows)))
-    network.eval()
-    with torch.inference_mode(), user_model.told("the module's forward", only_theirs=True):
-        try:
-            output = network.output(numeric, categorical)
-        except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as e:
-            shapes = f"numeric {list(network.inputs(numeric).shape)}, categorical {list(categorical.shape)}"
-            raise SpecError(f"model.py: the module's forward fails on {shapes}: {type(e).__name__}: {e}") from e
-    wanted = [len(numeric), classes] if task == "multiclass" else [len(numeric)]
-    if not isinstance(output, Tensor) or list(output.shape) != wanted or output.dtype != torch.float32:
-        got = f"{output.dtype} {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-        form = "[B, classes]" if task == "multiclass" else "[B]"
-        raise SpecError(f"model.py: the module returned {got} for {len(numeric)} rows; wanted torch.float32 {wanted}",
-                        hint=f"{task}: forward(numeric, categorical) returns {form}")  # fmt: skip
+def random_state() -> dict[str, Any]:
+    """Return the state of every generator that a model's code may draw from, as JSON."""
+    name, keys, at, has_gauss, gauss = np.random.get_state(legacy=True)
+    return {
+        "torch": _text(torch.get_rng_state().numpy()),
+        "cuda": _text(torch.cuda.get_rng_state().numpy()) if torch.cuda.is_initialized() else None,
+        "numpy": [name, _text(np.asarray(keys, np.uint32)), int(at), int(has_gauss), float(gauss)],
+        "python": random.getstate(),
+    }
 
 
-def refuse_unused(network: Network, data: Dataset, processes: int) -> None:
-    """Try one backward pass in training mode, on a copy. Raises `SpecError` when it fails, or reaches no parameter.
-
-    One parameter without a gradient is harmless to one process; several wait for each other's gradients of it.
-    """
-    numeric, categorical, _ = _tensors(data, np.arange(min(TRIED_ROWS, data.rows)))
-    with user_model.told("a training step of the module"):
-        module = copy.deepcopy(network.module).train()
-        output = module(network.inputs(numeric), categorical)
-        if output.requires_grad:
-            output.sum().backward()
-    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    unused = [name for name, p in trainable.items() if p.grad is None]
-    if unused and (processes > 1 or len(unused) == len(trainable)):
-        few = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
-        raise SpecError(
-            f"model.py: forward does not use {few}: no gradient reaches it, with {processes} processes",
-            hint="use it in forward, leave it out, or set requires_grad_(False)",
-        )
+def restore_random(state: dict[str, Any]) -> None:
+    """Put back what `random_state` returned (after a round trip through JSON)."""
+    torch.set_rng_state(torch.from_numpy(_array(state["torch"], np.uint8)))
+    if state["cuda"] is not None and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(torch.from_numpy(_array(state["cuda"], np.uint8)))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, _array(keys, np.uint32), *rest))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
 
 
-def _replicate(module: nn.Module, place: Place) -> nn.Module:
-    """Return what is trained: the module itself, or its data-parallel replica (gradients averaged over gloo)."""
-    if place.world == 1:
-        return module
-    return nn.parallel.DistributedDataParallel(module)
+def _text(array: npt.NDArray[Any]) -> str:
+    return base64.b64encode(array.tobytes()).decode()
 
 
-def _tensors(data: Dataset, rows: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
-    arrays = (data.numeric[rows], data.categorical[rows], data.label[rows])
-    numeric, categorical, label = (torch.from_numpy(np.ascontiguousarray(a)) for a in arrays)
-    return numeric, categorical, label
-
-
-def _copy(module: nn.Module) -> dict[str, Tensor]:
-    return {k: v.detach().clone() for k, v in module.state_dict().items()}
+def _array(text: str, dtype: Any) -> npt.NDArray[Any]:
+    return np.frombuffer(base64.b64decode(text), dtype).copy()

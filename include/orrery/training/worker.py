@@ -1,16 +1,18 @@
 """One process of a torch training, started by torchrun: fit; rank 0 then calibrates, exports and writes.
 
-Everything it needs is in its `Job`; the arrays are .npy files that the ranks map into memory.
+Everything it needs is in its `Job`; the rows are files that the ranks map or read.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
-import signal
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import structlog
@@ -20,17 +22,27 @@ import torch.distributed as dist
 from orrery import log
 from orrery.errors import OrreryError
 from orrery.registry.tracking import Live
-from orrery.training import Dataset, calibration, export, tensors, user_model
-from orrery.training.dataset import moments
+from orrery.spec import Checkpoint, seconds
+from orrery.store import Store
+from orrery.training import Dataset, calibration, export, strategies, tensors, user_model
+from orrery.training.checkpoints import Checkpoints
+from orrery.training.control import Control, Signals, Stop
 from orrery.training.network import Head, Inputs, Network
-from orrery.training.schema import Schema
+from orrery.training.place import Place
+from orrery.training.prepare import Prepared
+from orrery.training.progress import Reporter
+from orrery.training.saving import ShardedSaver
 from orrery.training.settings import Settings
-from orrery.training.trainer import Fitted, Place, Trainer, Watch, refuse_shape, refuse_unused
+from orrery.training.trainer import Hooks, Trainer
+from orrery.training.trials import TRIED_ROWS, refuse_shape, refuse_unused
 
 if TYPE_CHECKING:
     from orrery.registry.client import Run
 
+Watch: TypeAlias = Callable[[int, dict[str, float]], bool]
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+CALIBRATED_ROWS = 2_000_000  # of the tune part, at most; two numbers are fitted on them
+STOPPED = "stopped.json"
 
 
 @dataclass(frozen=True)
@@ -39,109 +51,156 @@ class Job:
 
     project_folder: Path
     project: str
-    schema: Schema
     params: dict[str, Any]
     settings: Settings
     seed: int
-    arrays: Path
-    onnx: Path
-    weights: Path
+    data: Prepared
+    scratch: Path
+    checkpoint: Checkpoint
+    onnx: Path | None  # none: no export, the losses are all that is wanted
+    weights: Path | None
+    store: str
+    checkpoints: str  # folder in the store
+    attempt: str = ""  # folder in the store; empty: nobody is told how far it has come
+    lanes: int = 1
     tracked: Run | None = None  # in MLflow
-    watch: Watch | None = None  # of rank 0; what it stops has no model (the report says `stopped`)
+    # Asked on rank 0 after each epoch (its number from 0, its losses): True stops the training, without a model.
+    watch: Watch | None = None
 
-
-def save(job: Job, part: str, data: Dataset) -> None:
-    """Write a part for the processes to map."""
-    job.arrays.mkdir(parents=True, exist_ok=True)
-    for name in ("numeric", "categorical", "label"):
-        np.save(job.arrays / f"{part}-{name}.npy", getattr(data, name))
-
-
-def _load(job: Job, part: str) -> Dataset:
-    numeric, categorical, label = (
-        np.load(job.arrays / f"{part}-{name}.npy", mmap_mode="r") for name in ("numeric", "categorical", "label")
-    )
-    return Dataset(numeric, categorical, label, job.schema)
+    def beat(self, rank: int) -> Path:
+        """Return the file by which a rank shows that it is alive."""
+        return self.scratch / f"beat-{rank}"
 
 
 def main(job: Job) -> dict[str, Any]:
     """Do this process's part. Rank 0 returns what is known of the fit; a user's mistake comes back as `error`."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signals = Signals(seconds(job.checkpoint.within))
+    signals.listen()
     if not structlog.is_configured():
         log.configure()
     place = Place(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    deterministic()
+    device = _device(place)
+    deterministic(device)
     if place.world > 1:
-        dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
     try:
-        return _train(job, place)
+        return _train(job, place, device, signals)
+    except Stop:
+        return {"interrupted": True}
     except OrreryError as e:
         # Returned, not raised: a user's mistake is the same on all ranks, and torchrun would print a traceback.
         return {"error": [type(e).__name__, e.message, e.hint]}
     finally:
+        job.beat(place.rank).unlink(missing_ok=True)
         if place.world > 1:
-            dist.destroy_process_group()
+            with contextlib.suppress(RuntimeError):  # of a process that is gone; the error that led here is told
+                dist.destroy_process_group()
 
 
-def deterministic() -> None:
+def _device(place: Place) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", place.rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def deterministic(device: torch.device) -> None:
     """One thread per process and deterministic kernels: weights do not depend on how many cores there are."""
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
+    # A GPU has operations without a deterministic kernel; there it is said, not refused.
+    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
 
 
-def _train(job: Job, place: Place) -> dict[str, Any]:
-    schema, fit, tune = job.schema, _load(job, "fit"), _load(job, "tune")
-    scale, shift = 1.0, 0.0
-    if schema.task == "regression":
-        shift, scale = float(np.mean(fit.label, dtype=np.float64)), float(np.std(fit.label, dtype=np.float64)) or 1.0
-        fit, tune = _standard(fit, shift, scale), _standard(tune, shift, scale)
-    network = _build(job, fit)
-    refuse_shape(network, schema.task, len(schema.classes), fit)
-    refuse_unused(network, fit, place.world)
+def _train(job: Job, place: Place, device: torch.device, signals: Signals) -> dict[str, Any]:
+    data, settings = job.data, job.settings
+    network = _build(job)
+    head = data.head("fit", TRIED_ROWS)
+    refuse_shape(network, data.schema.task, len(data.schema.classes), head)
+    refuse_unused(network, head, place.world)
     torch.manual_seed(job.seed + place.rank)  # equal weights on all ranks, but each its own dropout
-    trainer = Trainer(network, schema.task, job.settings, job.seed, place)
+    strategy = strategies.make(network.module, settings, place, device)
     live = Live(job.tracked if place.rank == 0 else None)
-    with user_model.told("training", only_theirs=True):
-        fitted = trainer.fit(fit, tune, live.epoch, job.watch)
-    live.end()
+    parts = [data.part(name, job.seed, settings.batch_size, place, job.lanes) for name in ("fit", "tune")]
+    with contextlib.ExitStack() as stack:
+        control = Control(place, signals, job.beat(place.rank))
+        kept = Checkpoints(Store(job.store), job.checkpoints, job.checkpoint.keep)
+        saver = ShardedSaver(kept, place, job.scratch)
+        stack.callback(saver.close)
+        trainer = Trainer(
+            network, data, settings, place, strategy, saver, job.checkpoint, control, device,
+            Hooks(live.epoch, job.watch),
+        )  # fmt: skip
+        reporter = stack.enter_context(_reported(job, place, trainer))
+        try:
+            with user_model.told("training", only_theirs=True):
+                fitted = trainer.fit(*parts)
+        except Stop:
+            if place.rank == 0:
+                (job.scratch / STOPPED).write_text(json.dumps(reporter.progress().model_dump(mode="json")))
+            raise
+        finally:
+            live.end()
+        weights = trainer.weights()
+    signals.leave()
     if place.rank != 0:
         return {}
-    if fitted.stopped:
-        return {"history": fitted.history, "best_epoch": fitted.best_epoch, "stopped": True}
-    if schema.task != "regression":
-        scale, shift = _calibrate(trainer, tune)
-    network.head = Head(schema.task, scale, shift)
-    return _write(job, network, fitted, tune)
+    report = {
+        "history": fitted.history,
+        "best_epoch": fitted.best_epoch,
+        "stopped": fitted.stopped,
+        "resumed": trainer.resumed,
+        "steps": trainer.state.done,
+    }
+    return report if job.onnx is None or fitted.stopped else {**report, **_written(job, weights)}
 
 
-def _build(job: Job, fit: Dataset) -> Network:
+@contextlib.contextmanager
+def _reported(job: Job, place: Place, trainer: Trainer) -> Iterator[Reporter]:
+    """Tell the attempt's folder how far the training has come, from rank 0."""
+    reporter = Reporter(Store(job.store), job.attempt if place.rank == 0 else "", trainer)
+    with reporter:
+        yield reporter
+
+
+def _build(job: Job) -> Network:
     model = user_model.load(job.project_folder, job.project)
+    schema = job.data.schema
     torch.manual_seed(job.seed)
-    module = user_model.module(model, job.schema, user_model.values(model, job.params))
-    return Network(job.schema, Inputs(job.schema, *moments(fit.numeric)), module, Head(job.schema.task))
+    module = user_model.module(model, schema, user_model.values(model, job.params))
+    return Network(schema, Inputs(schema, job.data.mean, job.data.std), module, Head(schema.task))
 
 
-def _standard(data: Dataset, shift: float, scale: float) -> Dataset:
-    label = ((data.label.astype(np.float64) - shift) / scale).astype(np.float32)
-    return Dataset(data.numeric, data.categorical, label, data.schema)
+def _written(job: Job, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Calibrate the fitted network on the tune part, write it, and return what is known of it."""
+    assert job.onnx is not None and job.weights is not None
+    network, data = _build(job), job.data  # anew: what was trained may be in parts, or on a GPU
+    network.module.load_state_dict(weights)
+    scale, shift = data.label_std, data.label_mean
+    if data.schema.task != "regression":
+        scale, shift = _calibrated(network, job)
+    network.head = Head(data.schema.task, scale, shift)
+    state = {name: value.numpy() for name, value in network.state_dict().items()}
+    job.weights.write_bytes(tensors.to_safetensors(state))
+    job.onnx.write_bytes(export.to_onnx(network, data.head("tune", export.CHECK_ROWS)))
+    head = {"scale": float(network.head.scale), "shift": float(network.head.shift)}
+    return {"weights_digest": tensors.digest(state), "head": head}
 
 
-def _calibrate(trainer: Trainer, tune: Dataset) -> tuple[float, float]:
+def _calibrated(network: Network, job: Job) -> tuple[float, float]:
     """Return scale and shift of the logits."""
-    logits = trainer.outputs(tune)
+    tune: Dataset = job.data.head("tune", CALIBRATED_ROWS)
+    logits = outputs(network, tune)
     if tune.schema.task == "binary":
         return calibration.platt(logits, tune.label)
     return calibration.temperature(logits, tune.label), 0.0
 
 
-def _write(job: Job, network: Network, fitted: Fitted, tune: Dataset) -> dict[str, Any]:
-    state = {name: value.numpy() for name, value in network.state_dict().items()}
-    job.weights.write_bytes(tensors.to_safetensors(state))
-    job.onnx.write_bytes(export.to_onnx(network, tune))
-    head = {"scale": float(network.head.scale), "shift": float(network.head.shift)}
-    return {
-        "history": fitted.history,
-        "best_epoch": fitted.best_epoch,
-        "weights_digest": tensors.digest(state),
-        "head": head,
-    }
+def outputs(network: Network, data: Dataset) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Return the user's module's outputs for all rows."""
+    from orrery.training.batches import InMemory
+
+    network.eval()
+    with torch.inference_mode():
+        chunks = InMemory(data, 0, 1, Place()).whole()
+        return np.concatenate([network.output(c.numeric, c.categorical).numpy() for c in chunks])

@@ -7,9 +7,10 @@ writes in the background and reshards. DeepSpeed's own checkpoints are pickles, 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -44,14 +45,19 @@ class ZeroStrategy:
         self.replica: nn.Module = self._engine
         self.optimizer: torch.optim.Optimizer = self._sharded.optimizer
 
+    def prepare(self, *, last: bool) -> None:
+        """See `Strategy.prepare`: DeepSpeed asks before the backward pass."""
+
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add a microbatch's gradients; with `last` this step's gradients are complete."""
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss)
 
-    def step(self) -> Tensor:
+    def step(self, *, norm: bool = False) -> Tensor | None:
         """Clip, take the optimizer's step, and return the gradients' norm before clipping."""
         self._engine.step()
+        if not norm:
+            return None
         return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
 
     def tensors(self) -> dict[str, Any]:
@@ -81,6 +87,22 @@ class ZeroStrategy:
                     self.optimizer.state[flat]["step"].fill_(tensors["optimizer"]["step"])
             self._spread()
 
+    def forget(self) -> None:
+        """See `Strategy.forget`: moments of zeros at step 0 are what a fresh optimizer begins with."""
+
+    def copy(self) -> dict[str, Any]:
+        """See `Strategy.copy`: this process's runs of the parameters, and the buffers."""
+        runs = {name: dataclasses.replace(run, flat=run.flat.clone()) for name, run in self._runs()}
+        return {**runs, **{name: b.detach().clone() for name, b in self._engine.module.named_buffers()}}
+
+    def whole(self, copy: Mapping[str, Any]) -> dict[str, Tensor]:
+        """See `Strategy.whole`. The module is left with that copy's weights: the training is over."""
+        mine = self.tensors()["model"]
+        for name, value in copy.items():
+            mine[name].copy_(value)
+        self._spread()
+        return self.weights()
+
     def weights(self) -> dict[str, Tensor]:
         """Return the whole state dict on the CPU, on rank 0, and nothing elsewhere. All processes call it."""
         module = self._engine.module
@@ -105,6 +127,9 @@ class ZeroStrategy:
         self._engine.destroy()
         if self._owns_group:
             dist.destroy_process_group()
+
+    def _runs(self) -> Iterator[tuple[str, Fragment]]:
+        return ((name, self._fragment(p, None)) for name, p in self._parameters())
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Frozen parameters follow from the seed, and are in no checkpoint."""

@@ -147,10 +147,10 @@ def _outcome(
 ) -> Outcome:
     metric = PRIMARY[work.spec.task]
     data = prepared(work, work.spec.train.processes)
-    fit, tune = data.dataset("fit"), data.dataset("tune")
+    tune = data.dataset("tune")
     known = {"number": params.number, "params": asked.params, "metric": metric}
     try:
-        tried = _tried(work, model, {**asked.params, **work.spec.train.params}, fit, tune, pruning, tracked)
+        tried = _tried(work, model, {**asked.params, **work.spec.train.params}, data, tune, pruning, tracked)
     except UserError as e:
         if params.number == DEFAULTS or isinstance(e, DataError | RequestError):
             raise
@@ -173,7 +173,7 @@ def _tried(
     work: Work,
     model: UserModel,
     overrides: dict[str, Any],
-    fit: Dataset,
+    data: Prepared,
     tune: Dataset,
     pruning: Pruning | None,
     tracked: Run | None,
@@ -181,11 +181,11 @@ def _tried(
     """Train once, as `train` does, and predict on the tune part. The model itself is not kept."""
     chosen, wanted = user_model.values(model, overrides), work.spec.train
     if model.kind == "fit":
-        data = signature.graph_bytes(user_model.fitted(model, fit, tune, chosen))
-        return Tried([], signature.predict(data, tune, "model.py's to_onnx()"))
+        graph = signature.graph_bytes(user_model.fitted(model, data.dataset("fit"), tune, chosen))
+        return Tried([], signature.predict(graph, tune, "model.py's to_onnx()"))
     told = TrainParams(processes=wanted.processes, seed=wanted.seed)
     onnx, weights = work.scratch / "model.onnx", work.scratch / "weights.safetensors"
-    _, report = train.with_workers(work, told, chosen, fit, tune, tracked, onnx, weights, pruning)
+    _, report = train.with_workers(work, told, chosen, data, tracked, onnx, weights, pruning)
     if report.get("stopped"):
         return Tried(report["history"], None)
     return Tried(report["history"], signature.predict(onnx.read_bytes(), tune, "the trial's export"))
