@@ -1,7 +1,7 @@
 """Run every check and every test, each test folder in its own environment: what `make test` calls.
 
 python tests/run.py                  everything
-python tests/run.py --only NAME      one group: lint, types, airflow, demo, ml, spark, faults
+python tests/run.py --only NAME      one group: lint, types, airflow, demo, ml, spark, cloud, faults
 """
 
 from __future__ import annotations
@@ -21,10 +21,18 @@ FOLDERS = {
     "faults": ("faults",),
     "airflow": ("core", "architecture", "dags", "servers", "projects"),
     "demo": ("demo",),
-    "ml": ("data", "features", "training", "evaluation", "registry", "monitoring"),
+    "ml": ("data", "features", "training", "evaluation", "registry", "monitoring", "tuning"),
     "spark": ("scoring",),
+    "cloud": ("cloud",),
 }
-ENVIRONMENT = {"airflow": "airflow", "ml": "ml", "spark": "spark", "faults": "airflow", "demo": "airflow"}
+ENVIRONMENT = {
+    "airflow": "airflow",
+    "ml": "ml",
+    "spark": "spark",
+    "cloud": "cloud",
+    "faults": "airflow",
+    "demo": "airflow",
+}
 
 
 def binary(environment: str, name: str) -> str:

@@ -17,7 +17,24 @@ HEAVY = {
     *("torch", "pandas", "numpy", "pyarrow", "sklearn", "lightgbm", "mlflow", "feast", "great_expectations", "onnx"),
     *("onnxruntime", "pyspark", "matplotlib", "airflow"),
 }
-LIGHT = ("spec", "platform", "errors", "contract", "plan", "runner", "ledger", "step", "cli", "partitions", "checking")
+LIGHT = (
+    "spec",
+    "platform",
+    "errors",
+    "contract",
+    "plan",
+    "runner",
+    "ledger",
+    "step",
+    "cli",
+    "partitions",
+    "checking",
+    "attempts",
+    "budgets",
+    "placement",
+    "costs",
+    "effort",
+)
 LINT = [str(VENVS / "dev" / "bin" / "lint-imports"), "--no-cache", "--no-logo"]
 
 

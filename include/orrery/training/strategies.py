@@ -37,7 +37,7 @@ class Strategy(Protocol):
         """Add a microbatch's gradients."""
         ...
 
-    def step(self, *, norm: bool = False) -> Tensor | None:
+    def step(self, *, norm: bool = True) -> Tensor | None:
         """Clip, step, forget the gradients. Returns their norm before clipping, when it is known or asked for."""
         ...
 
@@ -118,7 +118,7 @@ class Torch:
         """See `Strategy.backward`."""
         loss.backward()
 
-    def step(self, *, norm: bool = False) -> Tensor | None:
+    def step(self, *, norm: bool = True) -> Tensor | None:
         """See `Strategy.step`."""
         found: Tensor | None = None
         if self.settings.clip is not None:

@@ -48,7 +48,7 @@ def run(work: Work, params: TrainParams) -> Result:
 def _train(work: Work, params: TrainParams, tracked: Run | None) -> Result:
     model = user_model.load(work.project_folder, work.config.project)
     chosen = user_model.values(model, {**_tuned(work, model), **params.overrides})
-    found = prepared(work, params.processes)
+    found = prepared(work, lanes(work, params.processes))
     work.log.info("training", model=model.kind, **found.rows, features=len(found.schema.columns))
     facts = _baseline(work, found)
     if model.kind == "build":
@@ -120,11 +120,16 @@ def with_workers(
         project_folder=work.project_folder, project=work.config.project, params=chosen.model_dump(mode="json"),
         settings=numbers, seed=params.seed, data=data, scratch=work.scratch, checkpoint=wanted.checkpoint, onnx=onnx,
         weights=weights, store=work.store.uri, checkpoints=checkpoints, attempt=work.config.folder,
-        lanes=wanted.processes, tracked=tracked, watch=watch,
+        lanes=lanes(work, params.processes), tracked=tracked, watch=watch,
     )  # fmt: skip
     report = launch.run(job, params.processes, work.scratch)
     work.afterwards(lambda: work.store.remove(checkpoints))
     return numbers.numbers, report
+
+
+def lanes(work: Work, processes: int) -> int:
+    """Return into how many lanes a large window's rows are dealt: a training may go on with fewer processes."""
+    return max(work.spec.train.processes, processes)
 
 
 def _with_library(work: Work, model: UserModel, chosen: BaseModel, found: Prepared) -> Trained:

@@ -53,7 +53,7 @@ class ZeroStrategy:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss)
 
-    def step(self, *, norm: bool = False) -> Tensor | None:
+    def step(self, *, norm: bool = True) -> Tensor | None:
         """Clip, take the optimizer's step, and return the gradients' norm before clipping."""
         self._engine.step()
         if not norm:
