@@ -48,7 +48,7 @@ PARTS = ("dags", "plugins", "include", "docker", "airflow_settings.yaml")
 DEFAULTS = {"ORRERY_AIRFLOW_PORT": "8090", "ORRERY_MLFLOW_PORT": "5510"}
 # Addresses of the house that the shell belongs to, which are not the replay's.
 FOREIGN = ("ORRERY_STORE", "ORRERY_LEDGER", "ORRERY_MLFLOW", "ORRERY_DATA", "ORRERY_FEAST", "ORRERY_PROJECTS",
-           "ORRERY_AIRFLOW_DB", "ORRERY_MLFLOW_DB", "ORRERY_CACHE", "ORRERY_PLATFORM")  # fmt: skip
+           "ORRERY_AIRFLOW_DB", "ORRERY_MLFLOW_DB", "ORRERY_CACHE", "ORRERY_PLATFORM", "ORRERY_TUNING")  # fmt: skip
 # Of a month's runs, until somebody should look. Airflow waits up to five minutes for a worker that was killed.
 PATIENCE_S = 900.0
 STILL_S = 60.0

@@ -78,7 +78,7 @@ class Watcher:
 @contextlib.asynccontextmanager
 async def watcher(region: str | None = None) -> AsyncIterator[Watcher]:
     """Open a connection for an event loop."""
-    from aiobotocore.session import get_session  # type: ignore[import-untyped]
+    from aiobotocore.session import get_session
 
     session = get_session()
     # What SageMaker's API is like is a large file: it is not parsed on the loop.
@@ -94,7 +94,7 @@ async def watcher(region: str | None = None) -> AsyncIterator[Watcher]:
 
 def region() -> str | None:
     """Return the region of the process's AWS environment."""
-    import botocore.session  # type: ignore[import-untyped]
+    import botocore.session
 
     found = botocore.session.get_session().get_config_variable("region")
     return str(found) if found else None
@@ -102,7 +102,7 @@ def region() -> str | None:
 
 @contextlib.contextmanager
 def _client(region: str | None, *, soon: bool = False) -> Iterator[Any]:
-    import botocore.config  # type: ignore[import-untyped]
+    import botocore.config
     import botocore.session
 
     quick = {"connect_timeout": SHORT_S, "read_timeout": SHORT_S, "retries": {"total_max_attempts": 1}}
@@ -146,8 +146,8 @@ def _code(error: BaseException) -> str:
 @contextlib.contextmanager
 def trouble(what: str) -> Iterator[None]:
     """Tell what AWS's library raises as one of our errors: 64 for what someone must act on, 75 for the rest."""
-    import botocore.exceptions  # type: ignore[import-untyped]
-    import botocore.parsers  # type: ignore[import-untyped]
+    import botocore.exceptions
+    import botocore.parsers
 
     try:
         yield

@@ -19,9 +19,9 @@ from orrery.errors import OrreryError, UserError
 
 def request(job: Job, session: Any) -> dict[str, Any]:
     """Return the arguments of `TrainingJob.create` for a job, made by SageMaker's ModelTrainer."""
-    from sagemaker.core.shapes import Tag  # type: ignore[import-not-found]
-    from sagemaker.core.training import configs  # type: ignore[import-not-found]
-    from sagemaker.train.model_trainer import ModelTrainer  # type: ignore[import-not-found]
+    from sagemaker.core.shapes import Tag
+    from sagemaker.core.training import configs
+    from sagemaker.train.model_trainer import ModelTrainer
 
     vpc = configs.Networking(subnets=list(job.subnets), security_group_ids=list(job.security_groups))
     trainer = ModelTrainer(
@@ -55,11 +55,11 @@ def request(job: Job, session: Any) -> dict[str, Any]:
 
 def submit(job: Job) -> bool:
     """Start a job; False when one of this name was there already. Raises `UserError` and `TryAgain`."""
-    import boto3  # type: ignore[import-not-found]
-    from botocore.exceptions import ClientError  # type: ignore[import-untyped]
-    from sagemaker.core.helper.iam_role_resolver import RoleValidationError  # type: ignore[import-not-found]
-    from sagemaker.core.helper.session_helper import Session  # type: ignore[import-not-found]
-    from sagemaker.core.resources import TrainingJob  # type: ignore[import-not-found]
+    import boto3
+    from botocore.exceptions import ClientError
+    from sagemaker.core.helper.iam_role_resolver import RoleValidationError
+    from sagemaker.core.helper.session_helper import Session
+    from sagemaker.core.resources import TrainingJob
 
     with trouble(f"the SageMaker job {job.name} cannot be started"):
         session = Session(boto_session=boto3.Session(region_name=job.region))
