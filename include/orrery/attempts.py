@@ -15,13 +15,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from orrery import goodput
 from orrery.contract import Result
 from orrery.goodput import Progress
-from orrery.ledger import Entry
+from orrery.ledger import Entry, Ledger
 from orrery.platform import Compute
 from orrery.store import Store
 
 NAME = "attempt.json"
 Cause = Literal["user", "try_again", "interrupted", "lost", "bug"]
 Budget = Literal["code", "interruptions", "losses"]
+# What a result calls a process that is gone: the step's own, or one of a training's ranks.
+VANISHED = ("StepVanished", "RankLost")
+OBSERVED = 200  # entries; old trainings say little of today's machines
 T = TypeVar("T", bound=BaseModel)
 
 
@@ -95,7 +98,7 @@ def cause(result: Result) -> Cause | None:
     """Return why an attempt ended without a result that counts, or None. A process that vanished is `lost`."""
     if result.status == "done":
         return None
-    if result.status == "bug" and result.error is not None and result.error.kind == "StepVanished":
+    if result.status == "bug" and result.error is not None and result.error.kind in VANISHED:
         return "lost"
     return result.status
 
@@ -112,6 +115,14 @@ def of(entries: Iterable[Entry]) -> list[Attempt]:
     """Return the attempts that ledger entries of kind `run` tell of, oldest first; those from before are left out."""
     found = (e.payload.get("attempt") for e in entries)
     return [Attempt.model_validate(told) for told in found if isinstance(told, dict)]
+
+
+def observed(ledger: Ledger, project: str, compute: str) -> dict[str, Any]:
+    """Return how often the project's newest trainings on a compute class were interrupted, and how long they ran."""
+    newest = of(ledger.recent(project, "run", phase="done", verb="train", limit=OBSERVED))
+    there = [a for a in newest if a.compute == compute and a.progress is not None]
+    interrupted = sum(a.spent == "interruptions" for a in there)
+    return {"interruptions": interrupted, "observed_s": round(sum(a.wall_s for a in there), 1)}
 
 
 def folder_of(payload: Mapping[str, Any]) -> str:

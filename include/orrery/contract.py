@@ -58,6 +58,8 @@ class TrainParams(Params):
     processes: int = 1
     seed: int = 0
     overrides: dict[str, Any] = Field(default_factory=dict)
+    interruptions: int = Field(0, ge=0, description="Of this project's newest trainings on this class (a hint).")
+    observed_s: float = Field(0.0, ge=0, description="Seconds that these trainings ran (a hint).")
 
 
 class TrialParams(Params):
@@ -179,7 +181,17 @@ VERBS: dict[str, Verb] = {
             "features",
             hints=frozenset({"feast_registry", "feast_online"}),
         ),
-        Verb("train", "orrery.training.train", "ml", TrainParams, "window", "candidate", compute="cpu-small"),
+        Verb(
+            "train",
+            "orrery.training.train",
+            "ml",
+            TrainParams,
+            "window",
+            "candidate",
+            compute="cpu-small",
+            # They say how often to save, which changes no weight.
+            hints=frozenset({"interruptions", "observed_s"}),
+        ),
         Verb(
             "trial",
             "orrery.tuning.trial",

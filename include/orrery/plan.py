@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from orrery import approvals, bundle, fingerprint, partitions, platform
+from orrery import approvals, attempts, bundle, fingerprint, partitions, platform
 from orrery.contract import LOOK_BACK, VERBS, Params, Result, SourceRef, StepConfig, Verb
 from orrery.errors import RequestError, nearest
 from orrery.ledger import Champion, Ledger
@@ -451,7 +451,9 @@ class Planner:
 
     def _params_train(self, request: Request) -> Params:
         train = self.spec.train
-        values = {"processes": train.processes, "seed": train.seed, "overrides": train.params, **request.options}
+        values = {"processes": train.processes, "seed": train.seed, "overrides": train.params}
+        values |= attempts.observed(self.ledger, self.project, train.compute)
+        values |= dict(request.options)
         return VERBS["train"].params.model_validate(values)
 
     def _params_register(self, request: Request) -> Params:

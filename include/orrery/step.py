@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -346,7 +347,25 @@ class _Stopped(BaseException):
 
 def _on_sigterm(signum: int, frame: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end_for_certain()
     raise _Stopped
+
+
+def end_for_certain() -> None:
+    """Once told to stop, end within `ORRERY_OUTLIVE` seconds, whatever hangs: who started the step may be gone."""
+    try:
+        limit = float(os.environ.get("ORRERY_OUTLIVE", ""))
+    except ValueError:
+        return
+    timer = threading.Timer(limit, _end)
+    timer.daemon = True
+    timer.start()
+
+
+def _end() -> None:
+    if os.getsid(0) == os.getpid():  # a session of its own: everything in it is the step's
+        os.killpg(0, signal.SIGKILL)
+    os._exit(INTERRUPTED)
 
 
 def attempt(config_uri: str, result_uri: str, started: float) -> int:

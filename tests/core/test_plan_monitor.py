@@ -5,7 +5,7 @@ import os
 import pytest
 from core_house import House
 
-from orrery import runner
+from orrery import attempts, runner
 from orrery.contract import Result
 from orrery.errors import RequestError
 from orrery.ledger import Ledger
@@ -101,7 +101,7 @@ def test_a_verdict_is_a_decision_of_the_ledger_and_another_one_of_the_same_run_t
     facts = {"model_version": "1", "primary": "auc", "units": "30 days", "policy": {}}
     first = Result(verdict="watch", digest="d1", reasons=["auc 0.71"], metrics={"loss": 0.03}, facts=facts)
     for result in (first, first, first.model_copy(update={"verdict": "none", "digest": "d2"})):
-        runner._record(planner, ask, plan, result)
+        runner._record(planner, ask, plan, result, attempts.begun(1, "cpu-light", None))
     found = book.find("delays", "decision")
     assert [(e.key, e.payload["verdict"]) for e in found] == [("r/2013-01", "watch"), ("r/2013-01/d2", "none")]
     payload = found[0].payload

@@ -151,15 +151,15 @@ class Live:
             time.sleep(0.5)
         return now
 
-    def settled(self, run: str, task: str, state: str, timeout: float = 120) -> None:
-        """Wait until the scheduler, too, has seen a task's process end in that state.
+    def settled(self, run: str, task: str, state: str, times: int = 1, timeout: float = 120) -> None:
+        """Wait until the scheduler, too, has seen a task's process end in that state (so many times).
 
         An answer given before that, in the first second, is lost by Airflow 3.3: the scheduler takes the resumed
         task for one that was killed, and its retry asks again. No person is as quick as a test.
         """
         end = time.monotonic() + timeout
         wanted = re.compile(rf"TaskInstance Finished: .*task_id={task}, run_id={re.escape(run)},.* state={state},")
-        while not wanted.search((self.home / "scheduler.log").read_text()):
+        while len(wanted.findall((self.home / "scheduler.log").read_text())) < times:
             assert time.monotonic() < end, self.log()[-6000:]
             time.sleep(0.2)
 

@@ -129,6 +129,7 @@ def test_a_job_ends_with_its_task_and_outlives_a_triggerer(
         run = live.trigger("delays.train", window="2013-01..2013-01")
         (first,) = sagemaker.wait_for(1, timeout=180)
         live.wait("delays.train", run, "train", "deferred")
+        live.settled(run, "train", "deferred")
         # A person marks the waiting task as failed: the job is told to stop.
         until(lambda: "DescribeTrainingJob" in sagemaker.calls[-3:], "the triggerer looks")
         path = f"dags/delays.train/dagRuns/{run}/taskInstances/train"
@@ -139,6 +140,7 @@ def test_a_job_ends_with_its_task_and_outlives_a_triggerer(
         live.clear("delays.train", run, "train")
         second = sagemaker.wait_for(2, timeout=180)[1]
         live.wait("delays.train", run, "train", "deferred")
+        live.settled(run, "train", "deferred", times=2)
         running.crash("triggerer")
         asked = sagemaker.jobs[second].asked["AlgorithmSpecification"]
         (house.marks / "go").touch()

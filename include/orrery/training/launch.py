@@ -28,6 +28,7 @@ from orrery import errors
 from orrery.errors import INTERRUPTED, Interrupted, OrreryError, RankLost
 from orrery.goodput import Progress
 from orrery.spec import seconds
+from orrery.step import end_for_certain
 from orrery.training import worker
 from orrery.training.watch import Watch
 
@@ -66,12 +67,14 @@ def run(job: worker.Job, processes: int, scratch: Path) -> dict[str, Any]:
         with _handlers_restored(), _environment(), watch:
             returned: dict[int, dict[str, Any]] = elastic_launch(config, worker.main)(job)
     except SignalException as e:
+        # Told twice (by its worker, then by the kernel because that one died), the agent does not wait for its ranks.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        end_for_certain()
+        watch.wait(seconds(job.checkpoint.within) + SPARE_S)
         raise _interrupted(job, signal.Signals(e.sigval).name) from None
     except ChildFailedError as e:
         raise _failure(job, e, watch.said) from None
     report = returned[0]
-    if "interrupted" in report:
-        raise _interrupted(job, "SIGTERM")
     if "error" in report:
         kind, message, hint = report["error"]
         raise getattr(errors, kind, OrreryError)(message, hint=hint)

@@ -19,6 +19,7 @@ from orrery.contract import Result, TrainParams
 from orrery.errors import DataError, TryAgain, UserError
 from orrery.step import Work
 from orrery.training import Dataset, baseline, settings, signature, user_model
+from orrery.training.interval import Observed
 from orrery.training.prepare import Prepared, prepared
 from orrery.training.user_model import UserModel
 
@@ -87,7 +88,7 @@ def _tuned(work: Work, model: UserModel) -> dict[str, Any]:
 def _with_torch(work: Work, params: TrainParams, chosen: BaseModel, found: Prepared, tracked: Run | None) -> Trained:
     """Fit `build`'s module; its workers write model.onnx and weights.safetensors."""
     files = work.path("model.onnx"), work.path("weights.safetensors")
-    numbers, report = with_workers(work, params, chosen, found, tracked, *files)
+    numbers, report = with_workers(work, params, chosen, found, tracked, files=files)
     history, best = report["history"], report["best_epoch"]
     metrics = {**history[best - 1], "epochs": float(len(history))}
     facts = {k: report[k] for k in ("weights_digest", "best_epoch", "head", "steps")}
@@ -100,13 +101,15 @@ def with_workers(
     chosen: BaseModel,
     data: Prepared,
     tracked: Run | None,
-    onnx: Path,
-    weights: Path,
+    *,
+    files: tuple[Path, Path] | None = None,
+    predictions: Path | None = None,
     watch: Watch | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fit `build`'s module with torchrun's workers, which write the two files; return the loop's numbers, and a report.
+    """Fit `build`'s module with torchrun's workers; return the loop's numbers, and a report.
 
-    What the watch has stopped has no files, and a report with `stopped`. A trial of a search trains through here, too.
+    `files`: where the model as ONNX and its weights go; `predictions`: where those of the tune part go (a trial of a
+    search wants no more). What the watch has stopped has neither, and a report with `stopped`.
     Raises `Interrupted` when it is told to stop; the next attempt goes on from the checkpoint.
     """
     from orrery.training import launch, worker
@@ -118,9 +121,10 @@ def with_workers(
     checkpoints = f"{work.config.project}/{work.config.verb}/{work.address}/checkpoints"
     job = worker.Job(
         project_folder=work.project_folder, project=work.config.project, params=chosen.model_dump(mode="json"),
-        settings=numbers, seed=params.seed, data=data, scratch=work.scratch, checkpoint=wanted.checkpoint, onnx=onnx,
-        weights=weights, store=work.store.uri, checkpoints=checkpoints, attempt=work.config.folder,
-        lanes=lanes(work, params.processes), tracked=tracked, watch=watch,
+        settings=numbers, seed=params.seed, data=data, scratch=work.scratch, checkpoint=wanted.checkpoint,
+        onnx=files[0] if files else None, weights=files[1] if files else None, predictions=predictions,
+        store=work.store.uri, checkpoints=checkpoints, attempt=work.config.folder, tracked=tracked, watch=watch,
+        lanes=lanes(work, params.processes), observed=Observed(params.interruptions, params.observed_s),
     )  # fmt: skip
     report = launch.run(job, params.processes, work.scratch)
     work.afterwards(lambda: work.store.remove(checkpoints))

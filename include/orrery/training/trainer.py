@@ -27,10 +27,9 @@ from torch import Tensor, nn
 
 from orrery import log
 from orrery.errors import UserError
-from orrery.spec import Checkpoint
 from orrery.training.batches import Batch, Part
 from orrery.training.control import Control, Stop
-from orrery.training.interval import Schedule
+from orrery.training.interval import MEASURED, Schedule
 from orrery.training.network import Network
 from orrery.training.place import Place
 from orrery.training.prepare import Prepared
@@ -115,20 +114,22 @@ class Trainer:
         place: Place,
         strategy: Strategy,
         saver: Saver,
-        checkpoint: Checkpoint,
+        schedule: Callable[[int], Schedule],
         control: Control,
         device: torch.device,
         hooks: Hooks | None = None,
     ) -> None:
         self.task, self.settings, self.place = data.schema.task, settings, place
         self._target = data.label_mean, data.label_std
-        self.strategy, self.saver, self.checkpoint, self.control = strategy, saver, checkpoint, control
+        self.strategy, self.saver, self.control = strategy, saver, control
+        self._make_schedule = schedule
         self.device, self.hooks = device, hooks or Hooks()
         self.inputs = network.inputs.to(device)
         self.state, self.clock, self.resumed = State(), Clock(), 0
         self.total, self.started = 0, False
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
         self._kept: dict[str, Any] = {}
+        self._saves = 0
         self._norm, self._epoch_began, self._rows, self._stopped = 0.0, 0.0, 0, False
 
     # -- the loop ----------------------------------------------------------------------------------
@@ -140,7 +141,8 @@ class Trainer:
         """
         self.total = self.settings.epochs * fit.steps
         self._restore()
-        self.schedule = Schedule(self.checkpoint, time.monotonic(), self.resumed)
+        self.schedule = self._make_schedule(self.resumed)
+        self._tell_schedule()
         self.clock, self.started = Clock(), True
         try:
             with self._progress() as tick:
@@ -280,6 +282,9 @@ class Trainer:
         """Begin a checkpoint of the moment."""
         self.saver.begin(self.state.done, self._tensors(), asdict(self.state), self._own())
         self.schedule.saved(self.state.done, time.monotonic(), self.saver.cost())
+        self._saves += 1
+        if self._saves == MEASURED:
+            self._tell_schedule()
 
     def _tensors(self) -> dict[str, Any]:
         return {**self.strategy.tensors(), "best": self._kept}
@@ -333,6 +338,10 @@ class Trainer:
         if self.place.rank == 0:
             return log.progress("epochs", self.settings.epochs)
         return contextlib.nullcontext(lambda n=1.0: None)
+
+    def _tell_schedule(self) -> None:
+        if self.place.rank == 0:
+            log.get().info(self.schedule.sentence())
 
     def _refuse_broken(self, entry: dict[str, float], epoch: int) -> None:
         if not all(np.isfinite(v) for v in entry.values()):

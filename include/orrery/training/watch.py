@@ -43,6 +43,15 @@ class Watch:
         self._end.set()
         self._thread.join()
 
+    def wait(self, longest: float) -> None:
+        """Wait until all ranks have ended (each takes its beat away), at most so many seconds."""
+        end = time.monotonic() + longest
+        while time.monotonic() < end:
+            pids = [int(text.split()[0]) for path in self.beats if (text := _text(path))]
+            if not any(_runs(pid) for pid in pids):
+                return
+            time.sleep(0.05)
+
     def _run(self) -> None:
         dead_since: float | None = None
         while not self._end.wait(LOOK_S):

@@ -8,25 +8,28 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import structlog
 import torch
 import torch.distributed as dist
 
-from orrery import log
-from orrery.errors import OrreryError
+from orrery import log, parent
+from orrery.errors import INTERRUPTED, OrreryError
 from orrery.registry.tracking import Live
 from orrery.spec import Checkpoint, seconds
 from orrery.store import Store
 from orrery.training import Dataset, calibration, export, strategies, tensors, user_model
 from orrery.training.checkpoints import Checkpoints
 from orrery.training.control import Control, Signals, Stop
+from orrery.training.interval import Observed, Schedule
 from orrery.training.network import Head, Inputs, Network
 from orrery.training.place import Place
 from orrery.training.prepare import Prepared
@@ -57,12 +60,14 @@ class Job:
     data: Prepared
     scratch: Path
     checkpoint: Checkpoint
-    onnx: Path | None  # none: no export, the losses are all that is wanted
+    onnx: Path | None  # none: predictions of the tune part are all that is wanted
     weights: Path | None
     store: str
     checkpoints: str  # folder in the store
+    predictions: Path | None = None  # float32 .npy of the tune part's, in its order
     attempt: str = ""  # folder in the store; empty: nobody is told how far it has come
     lanes: int = 1
+    observed: Observed = field(default_factory=Observed)
     tracked: Run | None = None  # in MLflow
     # Asked on rank 0 after each epoch (its number from 0, its losses): True stops the training, without a model.
     watch: Watch | None = None
@@ -76,6 +81,7 @@ def main(job: Job) -> dict[str, Any]:
     """Do this process's part. Rank 0 returns what is known of the fit; a user's mistake comes back as `error`."""
     signals = Signals(seconds(job.checkpoint.within))
     signals.listen()
+    parent.follow(os.getppid())  # a step that is killed must not leave its ranks training
     if not structlog.is_configured():
         log.configure()
     place = Place(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
@@ -86,7 +92,8 @@ def main(job: Job) -> dict[str, Any]:
     try:
         return _train(job, place, device, signals)
     except Stop:
-        return {"interrupted": True}
+        # What is returned is waited for until torchrun's agent has read it, which it does not when it is stopping.
+        raise SystemExit(INTERRUPTED) from None
     except OrreryError as e:
         # Returned, not raised: a user's mistake is the same on all ranks, and torchrun would print a traceback.
         return {"error": [type(e).__name__, e.message, e.hint]}
@@ -128,7 +135,7 @@ def _train(job: Job, place: Place, device: torch.device, signals: Signals) -> di
         saver = ShardedSaver(kept, place, job.scratch)
         stack.callback(saver.close)
         trainer = Trainer(
-            network, data, settings, place, strategy, saver, job.checkpoint, control, device,
+            network, data, settings, place, strategy, saver, _schedule(job), control, device,
             Hooks(live.epoch, job.watch),
         )  # fmt: skip
         reporter = stack.enter_context(_reported(job, place, trainer))
@@ -152,7 +159,7 @@ def _train(job: Job, place: Place, device: torch.device, signals: Signals) -> di
         "resumed": trainer.resumed,
         "steps": trainer.state.done,
     }
-    return report if job.onnx is None or fitted.stopped else {**report, **_written(job, weights)}
+    return report if fitted.stopped else {**report, **_written(job, weights)}
 
 
 @contextlib.contextmanager
@@ -161,6 +168,11 @@ def _reported(job: Job, place: Place, trainer: Trainer) -> Iterator[Reporter]:
     reporter = Reporter(Store(job.store), job.attempt if place.rank == 0 else "", trainer)
     with reporter:
         yield reporter
+
+
+def _schedule(job: Job) -> Callable[[int], Schedule]:
+    """Return what makes the schedule of saves once it is known at which step the training begins."""
+    return lambda step: Schedule(job.checkpoint, time.monotonic(), step, job.observed)
 
 
 def _build(job: Job) -> Network:
@@ -173,13 +185,16 @@ def _build(job: Job) -> Network:
 
 def _written(job: Job, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Calibrate the fitted network on the tune part, write it, and return what is known of it."""
-    assert job.onnx is not None and job.weights is not None
     network, data = _build(job), job.data  # anew: what was trained may be in parts, or on a GPU
     network.module.load_state_dict(weights)
     scale, shift = data.label_std, data.label_mean
     if data.schema.task != "regression":
         scale, shift = _calibrated(network, job)
     network.head = Head(data.schema.task, scale, shift)
+    if job.predictions is not None:
+        np.save(job.predictions, predicted(network, data))
+    if job.onnx is None or job.weights is None:
+        return {}
     state = {name: value.numpy() for name, value in network.state_dict().items()}
     job.weights.write_bytes(tensors.to_safetensors(state))
     job.onnx.write_bytes(export.to_onnx(network, data.head("tune", export.CHECK_ROWS)))
@@ -196,7 +211,22 @@ def _calibrated(network: Network, job: Job) -> tuple[float, float]:
     return calibration.temperature(logits, tune.label), 0.0
 
 
-def outputs(network: Network, data: Dataset) -> np.ndarray[Any, np.dtype[np.float32]]:
+def predicted(network: Network, data: Prepared) -> npt.NDArray[np.float32]:
+    """Return the prediction of every row of the tune part, in its order."""
+    network.eval()
+    found = []
+    with torch.inference_mode():
+        for rows in data.part("tune", 0, 1, Place()).whole():
+            given = [
+                t
+                for t, has in ((rows.numeric, network.has_numeric), (rows.categorical, network.has_categorical))
+                if has
+            ]
+            found.append(network(*given).numpy())
+    return np.concatenate(found)
+
+
+def outputs(network: Network, data: Dataset) -> npt.NDArray[np.float32]:
     """Return the user's module's outputs for all rows."""
     from orrery.training.batches import InMemory
 

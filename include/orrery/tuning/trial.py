@@ -184,11 +184,9 @@ def _tried(
         graph = signature.graph_bytes(user_model.fitted(model, data.dataset("fit"), tune, chosen))
         return Tried([], signature.predict(graph, tune, "model.py's to_onnx()"))
     told = TrainParams(processes=wanted.processes, seed=wanted.seed)
-    onnx, weights = work.scratch / "model.onnx", work.scratch / "weights.safetensors"
-    _, report = train.with_workers(work, told, chosen, data, tracked, onnx, weights, pruning)
-    if report.get("stopped"):
-        return Tried(report["history"], None)
-    return Tried(report["history"], signature.predict(onnx.read_bytes(), tune, "the trial's export"))
+    made = work.scratch / "predictions.npy"
+    _, report = train.with_workers(work, told, chosen, data, tracked, predictions=made, watch=pruning)
+    return Tried(report["history"], None if report["stopped"] else np.load(made))
 
 
 def _write_truth(work: Work, data: Prepared, tune: Dataset) -> None:
