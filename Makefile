@@ -13,7 +13,7 @@ test -x $(VENVS)/airflow/bin/orrery || { \
   fi; echo "nothing runs: the environments have not been made"; exit 0; }
 endef
 
-.PHONY: help demo replay replay-down test test-faults up down status check lock bench environments test-environments clean
+.PHONY: help demo replay replay-down test test-faults up down status check lock bench bench-gpu environments test-environments clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ lock: ## Resolve every environment's pins anew from pyproject.toml
 bench: test-environments ## Benchmarks against the obvious alternatives; ONLY=name for one
 	@$(PYTHON) docker/venv.py bench
 	@$(VENVS)/dev/bin/python tests/benchmarks/run.py $(if $(ONLY),--only $(ONLY),)
+
+bench-gpu: environments ## On a machine with a GPU: bf16 throughput, checkpoints, SIGTERM
+	@$(VENVS)/ml/bin/python tests/benchmarks/bench_gpu.py
 
 clean: down ## Remove all state (var/); environments stay
 	rm -rf var

@@ -129,7 +129,7 @@ class Trainer:
         self.total, self.started = 0, False
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
         self._kept: dict[str, Any] = {}
-        self._saves = 0
+        self.saves = 0
         self._norm, self._epoch_began, self._rows, self._stopped = 0.0, 0.0, 0, False
 
     # -- the loop ----------------------------------------------------------------------------------
@@ -282,8 +282,8 @@ class Trainer:
         """Begin a checkpoint of the moment."""
         self.saver.begin(self.state.done, self._tensors(), asdict(self.state), self._own())
         self.schedule.saved(self.state.done, time.monotonic(), self.saver.cost())
-        self._saves += 1
-        if self._saves == MEASURED:
+        self.saves += 1
+        if self.saves == MEASURED:
             self._tell_schedule()
 
     def _tensors(self) -> dict[str, Any]:
