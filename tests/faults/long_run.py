@@ -50,7 +50,7 @@ def build(schema, params):
     return Net(schema)
 """
 SPEC = "{patience: 1000, checkpoint: {every: 1s}}"
-ALIVE_S = 2.5  # between two kills, on average, after the first step
+ALIVE_S = 1.2  # between two kills, on average, after the first step
 
 
 def attempt(training: Training, began: float, seconds: float) -> Attempt:
@@ -74,7 +74,7 @@ def attempt(training: Training, began: float, seconds: float) -> Attempt:
 
 
 def main(folder: Path, kills: int) -> None:
-    table, epochs = trips(40_000), max(12, 26 * kills)
+    table, epochs = trips(40_000), max(12, 10 * kills)
     plain = Training(folder / "plain", table, SPEC, MODEL)
     wanted = plain.finish(overrides={"epochs": epochs})
     reference = plain.progress()

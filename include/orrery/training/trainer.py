@@ -280,7 +280,9 @@ class Trainer:
 
     def _save(self) -> None:
         """Begin a checkpoint of the moment."""
-        self.saver.begin(self.state.done, self._tensors(), asdict(self.state), self._own())
+        # The mean over the ranks is for those who go on with other processes; each rank's own sum is exact.
+        shared = {**asdict(self.state), "loss": self._sum(self._loss) / self.place.world}
+        self.saver.begin(self.state.done, self._tensors(), shared, self._own())
         self.schedule.saved(self.state.done, time.monotonic(), self.saver.cost())
         self.saves += 1
         if self.saves == MEASURED:
@@ -316,11 +318,13 @@ class Trainer:
             return
         self.strategy.restore(tensors)
         self._kept = tensors["best"]
+        loss = found.shared.pop("loss")
         self.state = State(**found.shared)
         self.resumed = self.state.done
         if found.own is not None:
-            self._loss = torch.tensor(found.own["loss"], dtype=torch.float64, device=self.device)
+            loss = found.own["loss"]
             restore_random(found.own["random"])
+        self._loss = torch.tensor(loss, dtype=torch.float64, device=self.device)
         if self.place.rank == 0:
             log.get().info(
                 f"goes on from step {self.state.done:,} of {self.total:,}",

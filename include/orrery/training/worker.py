@@ -117,6 +117,8 @@ def deterministic(device: torch.device) -> None:
     torch.set_num_threads(1)
     # A GPU has operations without a deterministic kernel; there it is said, not refused.
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    # That would also write over all new memory: gigabytes at each step where DeepSpeed makes its buckets.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def _train(job: Job, place: Place, device: torch.device, signals: Signals) -> dict[str, Any]:

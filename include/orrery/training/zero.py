@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -203,5 +204,7 @@ def imported(cuda: bool) -> Any:
             f"strategy zero needs DeepSpeed: {e}", hint="install the environment of this step anew"
         ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed 0.19 calls by their old names what torch 2.13 has renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
