@@ -76,7 +76,7 @@ def attempt(training: Training, began: float, seconds: float) -> Attempt:
 def main(folder: Path, kills: int) -> None:
     table, epochs = trips(40_000), max(12, 10 * kills)
     plain = Training(folder / "plain", table, SPEC, MODEL)
-    wanted = plain.finish(overrides={"epochs": epochs})
+    wanted = plain.finish(1200, overrides={"epochs": epochs})
     reference = plain.progress()
     moments, broken = random.Random(kills), Training(folder / "broken", table, SPEC, MODEL)
     found: list[Attempt] = []

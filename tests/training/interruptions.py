@@ -117,9 +117,9 @@ class Training:
             time.sleep(0.002)
         return True
 
-    def finish(self, **params: Any) -> Run:
+    def finish(self, timeout: float = 120, **params: Any) -> Run:
         process = self.start(**params)
-        assert process.wait(120) == 0, self.text()
+        assert process.wait(timeout) == 0, self.text()
         return self.bench._read(self.result())
 
     def rows_by_step(self, ranks: int) -> dict[int, list[float]]:
