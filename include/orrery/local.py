@@ -23,6 +23,7 @@ from orrery import platform
 from orrery.contract import StepConfig
 from orrery.errors import UserError
 from orrery.plan import Plan
+from orrery.spec import ModelSpec, seconds
 from orrery.store import Store, trouble
 
 log = logging.getLogger("orrery.local")
@@ -66,6 +67,16 @@ def _source_secrets(config: StepConfig) -> dict[str, str]:
     """Return the variables of the SQL sources that this very step reads, as far as they are set here."""
     names = [s.get("secret_env") for s in config.params.get("sources", {}).values()]
     return {n: os.environ[n] for n in names if n and n in os.environ}
+
+
+# Verbs that save their state when they are told to stop, and what their ends take beside the saving.
+SAVES = frozenset({"train", "trial"})
+AFTER_SAVING_S = 3.0
+
+
+def outlives(verb: str, spec: ModelSpec) -> float:
+    """Return how many seconds a step may need to save its state when it is told to stop."""
+    return seconds(spec.train.checkpoint.within) + AFTER_SAVING_S if verb in SAVES else 0.0
 
 
 @dataclass

@@ -164,7 +164,7 @@ def raise_for(plan: Plan, result: Result) -> None:
     if result.error is None:
         raise StepFailed(f"{plan.config.verb} {plan.config.key} ended as {result.status} and does not say why")
     kinds: dict[str, type[OrreryError]] = {"user": UserError, "try_again": TryAgain, "interrupted": Interrupted}
-    kind = kinds.get(result.status, StepVanished if result.error.kind == "StepVanished" else StepFailed)
+    kind = kinds.get(result.status, StepVanished if result.error.kind in attempts.VANISHED else StepFailed)
     details: dict[str, object] = {
         **result.error.details,
         "links": result.links,

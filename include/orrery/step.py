@@ -321,6 +321,8 @@ def _again(work: Work, found: Manifest) -> Result:
     result.skipped = f"unchanged since {found.created}: same code, project, environment, config and inputs"
     result.output, result.digest = found.path, found.digest
     work.publish(found, result)
+    with contextlib.suppress(OrreryError, OSError):  # a kill between the commit and the tidying up has left them
+        work.store.remove(f"{found.project}/{found.verb}/{found.address}/checkpoints")
     return result
 
 
@@ -336,6 +338,8 @@ def main(argv: list[str], started: float) -> int:
     log.configure()
     # onnxruntime uploads usage events unless told not to before it is imported; nobody asked our users.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    # Asked otherwise whether there is a GPU, CUDA could not be used any more by the ranks that are forked from here.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     return attempt(args.config, args.result, started)
 
 

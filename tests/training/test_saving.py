@@ -247,7 +247,8 @@ def test_a_full_disk_is_a_warning_and_the_next_save_is_made(folder: str, tmp_pat
         if place.rank == place.world - 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
         with capture_logs() as logs:
-            one.begin(2, {"model": {"w": torch.full((100_000,), 2.0), "v": torch.full((100_000,), 2.0)}}, {}, {})
+            two = {"model": {"w": torch.full((100_000,), 2.0)}, "optimizer": {"v": torch.full((100_000,), 2.0)}}
+            one.begin(2, two, {}, {})
             one.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         left = sorted(p.name[:12] for p in home(folder).iterdir() if p.is_dir()) if place.rank == 0 else []
@@ -305,13 +306,13 @@ def test_a_save_killed_anywhere_leaves_nothing_visible(folder: str, tmp_path: Pa
 
 
 def test_ranks_share_the_writing_of_what_is_whole(folder: str, tmp_path: Path) -> None:
-    tree = {"model": {str(i): torch.full((1000,), float(i)) for i in range(10)}}
+    tree = {"model": {str(i): torch.full((10_000,), float(i)) for i in range(10)}}
     assert run(lambda place: save(folder, 1, tree, place), 2, tmp_path) == [1, 1]
     sizes = [path.stat().st_size for path in files(folder, "state")]
     assert len(sizes) == 2 and abs(sizes[0] - sizes[1]) < 200
 
     def read(place: Place) -> Any:
-        got = {"model": {str(i): torch.zeros(1000) for i in range(10)}}
+        got = {"model": {str(i): torch.zeros(10_000) for i in range(10)}}
         loaded = load(folder, got, place)
         return same(got, tree), loaded and (loaded.own, loaded.world)
 

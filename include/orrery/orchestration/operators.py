@@ -17,13 +17,12 @@ from orrery.contract import STATUS_OF_CODE, VERBS, Result, StepError
 from orrery.costs import TRAINS, refuse_over_budget
 from orrery.errors import BudgetSpent, OrreryError, RequestError, UserError
 from orrery.ledger import Ledger
-from orrery.local import LocalProcess, relay, wait_for_end
+from orrery.local import AFTER_SAVING_S, LocalProcess, outlives, relay, wait_for_end
 from orrery.log import shown
 from orrery.orchestration import links, params, retry, waiting
 from orrery.placement import placement
 from orrery.plan import Plan, Planner, Request, safe_name
 from orrery.runner import history, record_skip, record_unstarted, recorded, run
-from orrery.spec import seconds
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -31,9 +30,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("orrery.step")
 # Verdicts of a step that ended well and made nothing: the gate had kept the champion, there is none to score with.
 NOTHING_MADE = frozenset({"kept", "skipped"})
-# Verbs that save their state when they are told to stop, and what their ends take beside the saving.
-SAVES = frozenset({"train", "trial"})
-AFTER_SAVING_S = 3.0
 # What the UI calls a trial among its like: with its result as soon as there is one.
 TRIAL_NAME = "{{ trial | default('trial ' ~ task.number) }}"
 # What an event of features says beside the partition when the watch Dag found the data.
@@ -235,7 +231,7 @@ class StepOperator(BaseOperator):
 
     def _outlive(self, planner: Planner) -> float:
         """Return how many seconds the step may need to save its state when it is told to stop."""
-        return seconds(planner.spec.train.checkpoint.within) + AFTER_SAVING_S if self.verb in SAVES else 0.0
+        return outlives(self.verb, planner.spec)
 
     def _wait_for_end(self, planner: Planner, folder: str) -> None:
         """Wait for the step of an earlier attempt whose worker is gone."""

@@ -76,6 +76,7 @@ class Control:
             if self.signals.told:
                 raise Stop
             return want_save
+        self._alive()
         if self._count < self._every:
             return False
         now = time.monotonic()
@@ -84,10 +85,13 @@ class Control:
         dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._group)
         self._every = max(1, min(1000, int(EVERY_S / max(float(told[2]), 1e-9))))
         self._count, self._began = 0, time.monotonic()
-        self._alive()
         if told[0] > 0:
             raise Stop
         return bool(told[1] > 0)
+
+    def anew(self) -> None:
+        """Ask the others at the next tick: from here on a tick takes another time. On all ranks alike."""
+        self._every, self._count, self._began = 1, 0, time.monotonic()
 
     @contextlib.contextmanager
     def away(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ of its own would not survive it).
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -61,6 +62,8 @@ def run(job: worker.Job, processes: int, scratch: Path) -> dict[str, Any]:
         from orrery.training import zero
 
         zero.imported(cuda=False)  # 7 s, once for all ranks
+    for rank in range(processes):
+        job.error(rank).unlink(missing_ok=True)
     (job.scratch / worker.STOPPED).unlink(missing_ok=True)
     watch = Watch([job.beat(rank) for rank in range(processes)])
     try:
@@ -73,11 +76,10 @@ def run(job: worker.Job, processes: int, scratch: Path) -> dict[str, Any]:
         watch.wait(seconds(job.checkpoint.within) + SPARE_S)
         raise _interrupted(job, signal.Signals(e.sigval).name) from None
     except ChildFailedError as e:
-        raise _failure(job, e, watch.said) from None
+        raise _failure(job, e, watch.said, processes) from None
     report = returned[0]
-    if "error" in report:
-        kind, message, hint = report["error"]
-        raise getattr(errors, kind, OrreryError)(message, hint=hint)
+    if "error" in report and (told := _told(job, processes)) is not None:
+        raise told
     return report
 
 
@@ -92,21 +94,35 @@ def _interrupted(job: worker.Job, name: str) -> Interrupted:
     return Interrupted(text, hint="the next attempt goes on from there", details=found.model_dump(mode="json"))
 
 
-def _failure(job: worker.Job, error: ChildFailedError, said: str) -> OrreryError:
-    # Of two that failed, the one that a signal ended is why the other lost its peer.
-    failures = sorted(error.failures.items(), key=lambda f: (f[1].exitcode > 0, f[1].timestamp))
-    rank, failure = failures[0]
-    code = failure.exitcode
+def _failure(job: worker.Job, error: ChildFailedError, said: str, processes: int) -> OrreryError:
+    """Return why a training failed: what a rank told before the others lost it, or that one was killed."""
+    told = _told(job, processes)
     if said:
-        return RankLost(said, hint=LOST)
+        return told or RankLost(said, hint=LOST)
+    rank, failure = next(iter(error.failures.items()))
+    code = failure.exitcode
     if -code in (signal.SIGTERM, signal.SIGINT) or code == INTERRUPTED:
         return _interrupted(job, "SIGTERM")
-    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    if code < 0:
-        oom = "; often out of memory: give it a larger compute class" if code == -signal.SIGKILL else ""
-        return RankLost(f"training process {rank} ended with {how}", hint=LOST + oom)
+    # The agent names the first that it finds dead, which may be one that only lost its peer. Who was killed outright
+    # has left its beat.
+    left = [r for r in range(processes) if job.beat(r).exists()]
+    if code < 0 or left:
+        killed = rank if code < 0 else left[0]
+        how = signal.Signals(-code).name if code < 0 else signal.SIGKILL.name
+        oom = "; often out of memory: give it a larger compute class" if how == "SIGKILL" else ""
+        return RankLost(f"training process {killed} ended with signal {how}", hint=LOST + oom)
     text = failure.message if isinstance(failure.message, str) else str(failure.message)
-    return OrreryError(f"training process {rank} ended with {how}: {text[:2000]}")
+    return told or OrreryError(f"training process {rank} ended with exit code {code}: {text[:2000]}")
+
+
+def _told(job: worker.Job, processes: int) -> OrreryError | None:
+    """Return the error that was told first, or None."""
+    files = [path for rank in range(processes) if (path := job.error(rank)).exists()]
+    if not files:
+        return None
+    kind, message, hint = json.loads(min(files, key=lambda path: path.stat().st_mtime_ns).read_text())
+    found: OrreryError = getattr(errors, kind, OrreryError)(message, hint=hint)
+    return found
 
 
 def _free_port() -> int:

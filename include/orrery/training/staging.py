@@ -136,17 +136,21 @@ def signature(tensors: dict[Path, Stored], values: dict[Path, Any]) -> str:
     return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()
 
 
+SMALL = 16 << 10  # bytes of a whole tensor: statistics of up to 4,096 features
+
+
 def share(tensors: dict[Path, Stored], rank: int, world: int) -> list[Path]:
     """Return what process `rank` of `world` writes: its part of every sharded tensor, and some of the whole ones.
 
-    Whole tensors are the same everywhere, so each is copied and written by one process; the bytes come out even.
+    Whole tensors are copied and written by one process: small ones by rank 0, large ones so that bytes come out even.
     """
     mine, load = [], [0] * world
     for path, tensor in sorted(tensors.items(), key=lambda item: (-item[1].nbytes, name(item[0]))):
         if isinstance(tensor, DTensor | Fragment):
             mine.append(path)
             continue
-        owner = min(range(world), key=load.__getitem__)
+        # A batch norm's statistics may differ by rank between two steps, and rank 0's are the ones that count.
+        owner = 0 if tensor.nbytes <= SMALL else min(range(world), key=load.__getitem__)
         load[owner] += tensor.nbytes
         if owner == rank:
             mine.append(path)

@@ -91,6 +91,7 @@ class Torch:
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             self.replica.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
+        self._buffers = list(module.buffers())
         self._parameters = [p for p in self.replica.parameters() if p.requires_grad]
 
     def _replicated(self, module: nn.Module, device: torch.device) -> nn.Module:
@@ -111,6 +112,8 @@ class Torch:
         """See `Strategy.prepare`."""
         if isinstance(self.replica, FSDPModule):
             self.replica.set_requires_gradient_sync(last)
+            for buffer in self._buffers:  # rank 0's count, as DDP has it
+                torch.distributed.broadcast(buffer, 0)
         elif isinstance(self.replica, nn.parallel.DistributedDataParallel):
             self.replica.require_backward_grad_sync = last  # what its no_sync() sets; it is read in forward
 

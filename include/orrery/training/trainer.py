@@ -52,6 +52,7 @@ class State:
     best: float | None = None
     best_epoch: int = 0
     ended: bool = False
+    stopped: bool = False
 
 
 @dataclass
@@ -130,7 +131,7 @@ class Trainer:
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
         self._kept: dict[str, Any] = {}
         self.saves = 0
-        self._norm, self._epoch_began, self._rows, self._stopped = 0.0, 0.0, 0, False
+        self._norm, self._epoch_began, self._rows = 0.0, 0.0, 0
 
     # -- the loop ----------------------------------------------------------------------------------
 
@@ -157,7 +158,7 @@ class Trainer:
         except Stop:
             self._stop()
             raise
-        return Fitted(self.state.history, self.state.best_epoch, self._stopped)
+        return Fitted(self.state.history, self.state.best_epoch, self.state.stopped)
 
     def weights(self) -> dict[str, Tensor]:
         """Return the best epoch's weights, whole, on rank 0. Collective."""
@@ -212,7 +213,7 @@ class Trainer:
             state.history.append(entry)
             if state.best is None or entry["tune_loss"] < state.best:
                 state.best, state.best_epoch, self._kept = entry["tune_loss"], state.epoch, self.strategy.copy()
-            self._stopped = self._watched(entry)
+            state.stopped = self._watched(entry)
         measured = {
             "rows_per_s": self._rows / max(seconds, 1e-9),
             "gradient_norm": self._norm,
@@ -223,7 +224,7 @@ class Trainer:
             self.hooks.tell(state.epoch - 1, {**entry, **measured})
         self._say(state.epoch, entry, measured, seconds)
         out_of_patience = state.epoch - state.best_epoch >= self.settings.patience
-        state.ended = self._stopped or out_of_patience or state.epoch >= self.settings.epochs
+        state.ended = self.state.stopped or out_of_patience or state.epoch >= self.settings.epochs
         state.epoch, state.step = state.epoch + 1, 0
         self._loss.zero_()
 
@@ -253,6 +254,7 @@ class Trainer:
         """Return the mean loss over a part; every rank computes its share and is given the same number."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.strategy.replica.eval()
+        self.control.anew()
         with torch.no_grad():
             for chunk in part.chunks():
                 few = Batch(*(t.to(self.device) for t in chunk))
@@ -294,12 +296,11 @@ class Trainer:
     def _stop(self) -> None:
         """Save what was done since the last commit; the processes are at the same step (see `control`)."""
         began = time.perf_counter()
-        if self.state.done > max(self.saver.committed(), self.resumed):
-            with self.clock.of("checkpoint"), self.control.away():
+        with self.clock.of("checkpoint"), self.control.away():
+            self.saver.wait()  # first: the ranks learn of a commit at different moments, and must decide alike
+            if self.state.done > max(self.saver.committed(), self.resumed):
                 self._save()
                 self.saver.wait()
-        else:
-            self.saver.wait()
         if self.place.rank == 0:
             log.get().info(
                 "told to stop: saved",

@@ -96,9 +96,19 @@ def told(what: str, *, only_theirs: bool = False) -> Iterator[None]:
         if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         line = _line(e)
-        if only_theirs and not line:
+        if only_theirs and (not line or _of_the_machine(e)):
             raise
         raise SpecError(f"model.py: {what} failed{line}: {type(e).__name__}: {e}") from e
+
+
+def _of_the_machine(error: BaseException) -> bool:
+    """Tell an error of a collective or a device: sharded weights are gathered inside of a model's own forward."""
+    if type(error).__name__ in ("AcceleratorError", "OutOfMemoryError"):
+        return True
+    deepest = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        deepest = frame.f_code.co_filename
+    return "/torch/distributed/" in deepest or type(error).__name__.startswith("Dist")
 
 
 def _line(error: BaseException) -> str:

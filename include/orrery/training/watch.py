@@ -30,7 +30,7 @@ class Watch:
     def __init__(self, beats: list[Path], hung_s: float = HUNG_S) -> None:
         self.beats, self.hung_s = beats, hung_s
         self.said = ""
-        self._seen: dict[int, float] = {}
+        self._seen: dict[int, tuple[float, float]] = {}
         self._longest: dict[int, float] = {}
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -64,7 +64,7 @@ class Watch:
                 continue
             for rank, text in pids.items():
                 if self._hung(rank, away=text.endswith(AWAY)):
-                    since = time.time() - self._seen[rank]
+                    since = time.monotonic() - self._seen[rank][1]
                     self._kill(pids, f"training process {rank} has hung: no sign of life for {since:.0f} s")
                     break
 
@@ -73,13 +73,14 @@ class Watch:
             beat = self.beats[rank].stat().st_mtime
         except FileNotFoundError:
             return False  # it has done its part
-        before = self._seen.setdefault(rank, beat)
+        now = time.monotonic()  # only changes of the file are looked at: the clock of the day may jump
+        before, since = self._seen.setdefault(rank, (beat, now))
         if beat != before:
-            self._longest[rank] = max(self._longest.get(rank, 0.0), beat - before)
-            self._seen[rank] = beat
+            self._longest[rank] = max(self._longest.get(rank, 0.0), now - since)
+            self._seen[rank] = (beat, now)
             return False
         limit = max(self.hung_s, SLOWEST * self._longest[rank]) if rank in self._longest else FIRST_S
-        return time.time() - beat > (max(limit, AWAY_S) if away else limit)
+        return now - since > (max(limit, AWAY_S) if away else limit)
 
     def _kill(self, pids: dict[int, str], why: str) -> None:
         self.said = self.said or why

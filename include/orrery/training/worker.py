@@ -76,6 +76,10 @@ class Job:
         """Return the file by which a rank shows that it is alive."""
         return self.scratch / f"beat-{rank}"
 
+    def error(self, rank: int) -> Path:
+        """Return the file in which a rank tells its error: kind, message, hint."""
+        return self.scratch / f"error-{rank}.json"
+
 
 def main(job: Job) -> dict[str, Any]:
     """Do this process's part. Rank 0 returns what is known of the fit; a user's mistake comes back as `error`."""
@@ -95,8 +99,11 @@ def main(job: Job) -> dict[str, Any]:
         # What is returned is waited for until torchrun's agent has read it, which it does not when it is stopping.
         raise SystemExit(INTERRUPTED) from None
     except OrreryError as e:
-        # Returned, not raised: a user's mistake is the same on all ranks, and torchrun would print a traceback.
-        return {"error": [type(e).__name__, e.message, e.hint]}
+        # Written and returned, not raised: torchrun would print a traceback. A mistake may come on one rank only, and
+        # the others then end by losing it.
+        told = [type(e).__name__, e.message, e.hint]
+        job.error(place.rank).write_text(json.dumps(told))
+        return {"error": told}
     finally:
         job.beat(place.rank).unlink(missing_ok=True)
         if place.world > 1:
@@ -150,8 +157,10 @@ def _train(job: Job, place: Place, device: torch.device, signals: Signals) -> di
             raise
         finally:
             live.end()
-        weights = trainer.weights()
+        with control.away():
+            weights = trainer.weights()
     signals.leave()
+    job.beat(place.rank).unlink(missing_ok=True)  # what comes now is this process's own, and may take its time
     if place.rank != 0:
         return {}
     report = {

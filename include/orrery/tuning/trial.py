@@ -161,6 +161,8 @@ def _outcome(
         why = f"worse than the median of the others after epoch {len(epochs)}"
         return Outcome(**known, state="pruned", epochs=epochs, why=why)
     value = metrics.all_metrics(work.spec.task, tune.label, tried.predictions.astype(np.float64))[metric]
+    if not np.isfinite(value) and params.number == DEFAULTS:
+        raise DataError(f"{metric} is not a number on the tune part", hint="has it only one class? see split.tune")
     if not np.isfinite(value):
         return Outcome(**known, state="failed", epochs=epochs, why=f"{metric} is not a number on the tune part")
     work.write(PREDICTIONS, _npy(tried.predictions))
