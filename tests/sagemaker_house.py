@@ -20,6 +20,18 @@ from typing import Any
 
 import pytest
 
+# A project whose trainings run on the class `cloud`.
+SPEC = """\
+version: 1
+kind: model
+owner: ops
+task: binary
+label: {{column: late}}
+sources:
+  flights: {{uri: "${{data}}/flights/{{partition}}.parquet", partition: month}}
+gate: {{auc: {{min: 0.7}}}}
+train: {{window: 1, compute: cloud, params: {{marks: "{marks}"}}}}
+"""
 ROLE = "arn:aws:iam::123456789012:role/orrery-training"
 IMAGE = "123456789012.dkr.ecr.us-east-1.amazonaws.com/orrery/ml:1"
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "core"))
 import core_verbs
 from airflow.sdk.exceptions import TaskDeferred
 from core_house import DRIVE, House, build, environment
-from sagemaker_house import IMAGE, ROLE, Player, sagemaker
+from sagemaker_house import IMAGE, ROLE, SPEC, Player, sagemaker
 
 from orrery.contract import VERBS
 from orrery.errors import Interrupted, SpecError, TryAgain, UserError
@@ -36,17 +36,6 @@ from orrery.orchestration.sagemaker import SageMakerStepOperator
 from orrery.runner import StepVanished
 
 __all__ = ["sagemaker"]
-SPEC = """\
-version: 1
-kind: model
-owner: ops
-task: binary
-label: {{column: late}}
-sources:
-  flights: {{uri: "${{data}}/flights/{{partition}}.parquet", partition: month}}
-gate: {{auc: {{min: 0.7}}}}
-train: {{window: 1, compute: cloud, params: {{marks: "{marks}"}}}}
-"""
 PLATFORM = f"""\
 version: 1
 environments:

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from live_house import ROOT, Live, _end, environment, free_port
-from sagemaker_house import IMAGE, ROLE, Player, sagemaker
+from sagemaker_house import IMAGE, ROLE, SPEC, Player, sagemaker
 
 sys.path.insert(0, str(ROOT / "tests" / "core"))
 
@@ -24,17 +24,6 @@ from core_verbs import wait_for
 
 __all__ = ["sagemaker"]
 pytestmark = pytest.mark.slow
-SPEC = """\
-version: 1
-kind: model
-owner: ops
-task: binary
-label: {{column: late}}
-sources:
-  flights: {{uri: "${{data}}/flights/{{partition}}.parquet", partition: month}}
-gate: {{auc: {{min: 0.7}}}}
-train: {{window: 1, compute: cloud, params: {{marks: "{marks}"}}}}
-"""
 PLATFORM = f"""\
 version: 1
 environments:

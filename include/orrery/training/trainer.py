@@ -169,7 +169,7 @@ class Trainer:
         self._epoch_began, self._rows = time.perf_counter(), 0
         last = time.perf_counter()
         for batch in fit.batches(self.state.epoch, self.state.step):
-            self._step(batch, fit)
+            self._step(batch)
             now = time.perf_counter()
             self.clock.step(now - last)
             if self.control.tick(self.schedule.due(self.state.done, time.monotonic())):
@@ -177,7 +177,7 @@ class Trainer:
                     self._save()
             last = time.perf_counter()
 
-    def _step(self, batch: Batch, fit: Part) -> None:
+    def _step(self, batch: Batch) -> None:
         """One optimiser step on this process's share of a global batch, in passes of `microbatch` rows."""
         rows, size = batch.rows, self.settings.microbatch or batch.rows
         self._learning_rate()
@@ -224,7 +224,7 @@ class Trainer:
             self.hooks.tell(state.epoch - 1, {**entry, **measured})
         self._say(state.epoch, entry, measured, seconds)
         out_of_patience = state.epoch - state.best_epoch >= self.settings.patience
-        state.ended = self.state.stopped or out_of_patience or state.epoch >= self.settings.epochs
+        state.ended = state.stopped or out_of_patience or state.epoch >= self.settings.epochs
         state.epoch, state.step = state.epoch + 1, 0
         self._loss.zero_()
 

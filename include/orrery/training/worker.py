@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -140,14 +140,15 @@ def _train(job: Job, place: Place, device: torch.device, signals: Signals) -> di
     parts = [data.part(name, job.seed, settings.batch_size, place, job.lanes) for name in ("fit", "tune")]
     with contextlib.ExitStack() as stack:
         control = Control(place, signals, job.beat(place.rank))
-        kept = Checkpoints(Store(job.store), job.checkpoints, job.checkpoint.keep)
+        store = Store(job.store)
+        kept = Checkpoints(store, job.checkpoints, job.checkpoint.keep)
         saver = ShardedSaver(kept, place, job.scratch)
         stack.callback(saver.close)
         trainer = Trainer(
             network, data, settings, place, strategy, saver, _schedule(job), control, device,
             Hooks(live.epoch, job.watch),
         )  # fmt: skip
-        reporter = stack.enter_context(_reported(job, place, trainer))
+        reporter = stack.enter_context(Reporter(store, job.attempt if place.rank == 0 else "", trainer))
         try:
             with user_model.told("training", only_theirs=True):
                 fitted = trainer.fit(*parts)
@@ -171,14 +172,6 @@ def _train(job: Job, place: Place, device: torch.device, signals: Signals) -> di
         "steps": trainer.state.done,
     }
     return report if fitted.stopped else {**report, **_written(job, weights)}
-
-
-@contextlib.contextmanager
-def _reported(job: Job, place: Place, trainer: Trainer) -> Iterator[Reporter]:
-    """Tell the attempt's folder how far the training has come, from rank 0."""
-    reporter = Reporter(Store(job.store), job.attempt if place.rank == 0 else "", trainer)
-    with reporter:
-        yield reporter
 
 
 def _schedule(job: Job) -> Callable[[int], Schedule]:
