@@ -102,7 +102,14 @@ def main(folder: Path, kills: int) -> None:
     kept = effort.kept(found)
     parts = [effort.parts(a, n) for a, n in zip(found, kept, strict=True)]
     wall = sum(p.wall for p in parts)
+    # Counted apart from `effort`: an attempt's steps are kept up to where the next one went on.
+    useful, until = 0.0, run.result.facts["steps"]
+    for each in reversed(found):
+        if each.progress:
+            useful += (until - each.progress.resumed) * each.progress.step_s
+            until = each.progress.resumed
     told = {
+        "counted": useful / sum(a.wall_s for a in found),
         "kills": hits,
         "attempts": len(found),
         "damaged": damaged,

@@ -17,8 +17,6 @@ ROOT = Path(__file__).resolve().parents[2]
 PYTHON = Path(os.environ.get("ORRERY_VENVS", ROOT / ".venvs")) / "ml" / "bin" / "python"
 LONG = int(os.environ.get("ORRERY_FAULT_KILLS", "0")) >= 50
 KILLS = int(os.environ["ORRERY_FAULT_KILLS"]) if LONG else 3
-# What the medians of two runs on a shared machine may differ by. Quiet, with 50 kills: 0.02.
-SAME = 0.02 if LONG else 0.15
 
 
 def test_killed_all_the_time_it_loses_nothing_and_says_what_it_cost(tmp_path: Path) -> None:
@@ -30,4 +28,8 @@ def test_killed_all_the_time_it_loses_nothing_and_says_what_it_cost(tmp_path: Pa
     assert told["kills"] == KILLS and told["attempts"] > KILLS
     assert told["damaged"] == 0 and told["same"]
     assert told["kept"] == told["steps"]  # each step of the model is counted once, whatever was repeated
-    assert told["reported"] == pytest.approx(told["expected"], rel=SAME), told
+    # By the steps' medians of these very attempts: another run's differs as much as the machine's load does. The account
+    # takes an attempt's useful time from what is left of it beside saves and evaluations, so short ones count less.
+    assert told["reported"] == pytest.approx(told["counted"], rel=0.15), told
+    if LONG:  # and by the uninterrupted run's, on a machine that does nothing else for so long
+        assert told["reported"] == pytest.approx(told["expected"], rel=0.02), told
