@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from orrery import yamlfile
 from orrery.errors import SpecError, UserError, nearest
@@ -69,17 +69,47 @@ class SageMaker(Frozen):
         return self
 
 
+class Toleration(Frozen):
+    """Which taint of a node a pod bears, in Kubernetes' own words."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    key: str | None = None
+    operator: Literal["Exists", "Equal"] = "Equal"
+    value: str | None = None
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    seconds: int | None = Field(None, alias="tolerationSeconds", ge=0, description="NoExecute: how long it is borne.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Toleration:
+        if self.operator == "Exists" and self.value is not None:
+            raise ValueError("`operator: Exists` takes no `value`")
+        if self.operator == "Equal" and self.key is None:
+            raise ValueError("`operator: Equal` needs a `key`")
+        if self.seconds is not None and self.effect not in (None, "NoExecute"):
+            raise ValueError("`tolerationSeconds` goes with `effect: NoExecute`")
+        return self
+
+
 class Compute(Frozen):
     """One compute class: what a step's pod asks for, and what it costs."""
 
     cpu: Quantity = "1"
     memory: Quantity = "2Gi"
-    gpu: int = Field(0, ge=0)
+    gpu: int = Field(0, ge=0, description="Per pod.")
+    gpu_resource: str = Field("nvidia.com/gpu", description="What the cluster calls them.")
     image: str | None = Field(None, description="Instead of the environment's image.")
     node_selector: dict[str, str] = Field(default_factory=dict)
-    tolerations: tuple[dict[str, str | int], ...] = ()
+    tolerations: tuple[Toleration, ...] = ()
+    priority_class: str | None = Field(None, description="A PriorityClass of the cluster.")
+    storage: Quantity = Field("10Gi", description="Of the node's disk, for /tmp: data on their way, torch's caches.")
+    shared_memory: Quantity = Field("1Gi", description="Of /dev/shm, which ranks talk through; counts as memory.")
     service_account: str | None = None
+    pods: int = Field(1, ge=1, le=64, description="Over how many pods `train.processes` are spread, alike on each.")
     spot: bool = Field(False, description="Interruptible machines.")
+    grace: Duration | None = Field(
+        None, description="From SIGTERM to SIGKILL. None: what the step needs to save its state, at least 30 s."
+    )
+    wait: Duration = Field("1h", description="How long it may wait for a machine, or for quota.")
     price_per_hour: float = Field(0.0, ge=0, description="In the platform's currency, for the ledger; 0: not known.")
     on_demand_price_per_hour: float | None = Field(
         None,
@@ -107,6 +137,13 @@ class Environment(Frozen):
         return pinned(value)
 
 
+class Placement(Frozen):
+    """Where pods may go."""
+
+    node_selector: dict[str, str] = Field(default_factory=dict)
+    tolerations: tuple[Toleration, ...] = ()
+
+
 class Kubernetes(Frozen):
     """How pods are made."""
 
@@ -114,6 +151,15 @@ class Kubernetes(Frozen):
     connection: str | None = Field(None, description="Airflow connection of the cluster; none: in-cluster.")
     secret: str | None = Field(None, description="Name of the Secret whose keys become the steps' environment.")
     service_account: str = "orrery-step"
+    pull_policy: Literal["IfNotPresent", "Always", "Never"] = "IfNotPresent"
+    pull_secrets: tuple[str, ...] = Field((), description="Secrets of registries that want a password.")
+    spot: Placement = Field(Placement(), description="Added to every compute class with `spot: true`.")
+    silent_node: Duration = Field(
+        "60s", description="A pod is given up when its node has been silent for so long (Kubernetes' default: 5 min)."
+    )
+    ranks: Literal["indexed-job", "pytorchjob"] = Field(
+        "indexed-job", description="What a training over several pods is made of; pytorchjob needs Kubeflow's operator."
+    )
 
 
 class Spark(Frozen):

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from orrery import attempts, bundle, goodput
 from orrery.attempts import Attempt
 from orrery.contract import Result, StepConfig, StepError
+from orrery.endings import Ending, judged, without_result
 from orrery.errors import Interrupted, OrreryError, TryAgain, UserError
 from orrery.lease import Lease
 from orrery.ledger import KEPT, Entry, Kind, Ledger, unfinished
@@ -46,9 +47,9 @@ class GoesOn(BaseException):
 
 
 class Launcher(Protocol):
-    """Starts the process of a planned step, waits, and returns its exit code (negative: the signal)."""
+    """Starts the process of a planned step, waits, and returns its exit code (negative: the signal), or its ending."""
 
-    def __call__(self, plan: Plan) -> int: ...
+    def __call__(self, plan: Plan) -> int | Ending: ...
 
 
 def prepare(plan: Plan, store: Store) -> None:
@@ -133,10 +134,11 @@ def _stopped(error: BaseException) -> Result:
     return Result(status="interrupted" if isinstance(error, KeyboardInterrupt) else "bug", error=told)
 
 
-def read_result(store: Store, config: StepConfig, code: int) -> Result:
+def read_result(store: Store, config: StepConfig, end: int | Ending) -> Result:
     """Return what an attempt left. A process that vanished is judged by the store: committed means done."""
     try:
-        return Result.model_validate_json(store.read(f"{config.folder}/result.json"))
+        result = Result.model_validate_json(store.read(f"{config.folder}/result.json"))
+        return result if isinstance(end, int) else judged(result, end)
     except FileNotFoundError:
         pass
     except ValidationError:
@@ -151,6 +153,9 @@ def read_result(store: Store, config: StepConfig, code: int) -> Result:
             result.output, result.digest = found.path, found.digest
             result.reasons.append("the process vanished after it had committed")
             return result
+    if isinstance(end, Ending):
+        return without_result(end, config)
+    code = end
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     hint = "often out of memory: look at the machine's log" if code == -9 else "see its log above"
     error = {"kind": "StepVanished", "message": f"{config.verb} {config.key} left no result ({how})", "hint": hint}

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("orrery.step")
 # Verdicts of a step that ended well and made nothing: the gate had kept the champion, there is none to score with.
 NOTHING_MADE = frozenset({"kept", "skipped"})
+LEFT_OUT = "left out"
 # What the UI calls a trial among its like: with its result as soon as there is one.
 TRIAL_NAME = "{{ trial | default('trial ' ~ task.number) }}"
 # What an event of features says beside the partition when the watch Dag found the data.
@@ -72,6 +73,8 @@ class StepOperator(BaseOperator):
         self.operator_extra_links = tuple(link() for link in links.BY_VERB.get(verb, ()))
         self._launcher: Any = None
         self._told: list[Told] = []
+        # The keys that this attempt is through with, and how; an operator that defers carries them over the wait.
+        self._over: dict[str, str] = {}
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Return a small summary of the result. Raises the typed error of the step (see `retry`)."""
@@ -106,14 +109,20 @@ class StepOperator(BaseOperator):
         """Carry the requests in order; return the last one's result."""
         *before, last = wanted
         for request in before:
+            if (over := self._over.get(request.key)) is not None:  # before a wait, in another process of this attempt
+                if over == LEFT_OUT:
+                    wanted.remove(request)
+                continue
             try:
                 self._one(context, planner, request)
+                self._over[request.key] = "done"
             except UserError as e:
                 if self.verb != "monitor":
                     raise
                 # What is wrong with an earlier partition is that one's run to tell; it has no say in this verdict.
                 log.warning("%s %s is left out: %s", self.verb, request.key, e.message)
                 wanted.remove(request)  # nothing is announced of it
+                self._over[request.key] = LEFT_OUT
         return self._one(context, planner, last)
 
     def _requests(self, context: Context, planner: Planner, asked: params.Asked) -> list[Request]:

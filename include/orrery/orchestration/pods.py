@@ -12,7 +12,7 @@ from orrery import platform
 from orrery.errors import OrreryError, UserError
 from orrery.orchestration.operators import StepOperator
 from orrery.plan import Plan, safe_name
-from orrery.platform import Compute, Platform
+from orrery.platform import Compute, Platform, Toleration
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -106,7 +106,7 @@ def placement_arguments(where: Platform, compute: Compute, environment: str) -> 
             requests={"cpu": compute.cpu, "memory": compute.memory}, limits=limits
         ),
         "node_selector": dict(compute.node_selector),
-        "tolerations": [k8s.V1Toleration(**_snake(t)) for t in compute.tolerations],
+        "tolerations": [_toleration(t) for t in compute.tolerations],
     }
 
 
@@ -139,5 +139,5 @@ def pod_arguments(where: Platform, compute: Compute, environment: str, project: 
     }
 
 
-def _snake(toleration: dict[str, str | int]) -> dict[str, str | int]:
-    return {"toleration_seconds" if k == "tolerationSeconds" else k: v for k, v in toleration.items()}
+def _toleration(wanted: Toleration) -> Any:
+    return k8s.V1Toleration(toleration_seconds=wanted.seconds, **wanted.model_dump(exclude={"seconds"}))
