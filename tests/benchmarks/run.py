@@ -25,6 +25,10 @@ BENCHMARKS = {
     "bench_point_in_time_join": ("ml", ("point_in_time_join",)),
     "bench_alarms": ("ml", ("alarms", "alarms_rough", "alarms_seen")),
     "bench_drift_vs_evidently": ("ml", ("drift_vs_evidently", "drift_memory")),
+    "bench_train": (
+        "ml",
+        ("train_vs_bare_loop_single", "train_vs_lightning_single", "train_vs_bare_loop_ddp", "train_vs_lightning_ddp"),
+    ),
     "bench_checkpoint_overhead": ("ml", ("checkpoint_overhead", "checkpoint_cost", "checkpoint_blocked")),
     "bench_stream": ("ml", ("stream_speed", "stream_shuffle_drift", "stream_memory")),
     "bench_spot_month": ("ml", ("spot_goodput_1h", "spot_goodput_15min", "spot_deadlines_missed")),
