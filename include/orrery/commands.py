@@ -64,7 +64,7 @@ def run(
     version: Annotated[str | None, typer.Option(help="Model version, for promote.")] = None,
 ) -> None:
     """Run one step here and now, without Airflow, its inputs taken from the store."""
-    from orrery.local import LocalProcess, outlives
+    from orrery.local import LocalProcess
     from orrery.runner import run as carry
 
     if step not in VERBS:
@@ -99,11 +99,7 @@ def run(
 
             show(step, request.key, Search(request, lambda line: out.print(line, markup=False)).run())
             continue
-        show(
-            step,
-            request.key,
-            carry(planner, request, LocalProcess(outlive=outlives(step, planner.spec)), _secrets_note),
-        )
+        show(step, request.key, carry(planner, request, LocalProcess(), _secrets_note))
 
 
 def _secrets_note(plan: Plan) -> None:

@@ -23,7 +23,6 @@ from orrery import platform
 from orrery.contract import StepConfig
 from orrery.errors import UserError
 from orrery.plan import Plan
-from orrery.spec import ModelSpec, seconds
 from orrery.store import Store, trouble
 
 log = logging.getLogger("orrery.local")
@@ -69,16 +68,6 @@ def _source_secrets(config: StepConfig) -> dict[str, str]:
     return {n: os.environ[n] for n in names if n and n in os.environ}
 
 
-# Verbs that save their state when they are told to stop, and what their ends take beside the saving.
-SAVES = frozenset({"train", "trial"})
-AFTER_SAVING_S = 3.0
-
-
-def outlives(verb: str, spec: ModelSpec) -> float:
-    """Return how many seconds a step may need to save its state when it is told to stop."""
-    return seconds(spec.train.checkpoint.within) + AFTER_SAVING_S if verb in SAVES else 0.0
-
-
 @dataclass
 class LocalProcess:
     """Runs a step in its environment's Python, in a session of its own, its output line by line to `on_line`.
@@ -86,28 +75,28 @@ class LocalProcess:
     The step is told to stop (SIGTERM, then SIGKILL) when `stop()` is called, and by the kernel when this process
     dies. What it leaves running when it ends, however it ends, is ended too.
 
-    `outlive`: seconds after SIGTERM in which the step saves its state. Airflow kills who called `stop` after five,
-    and the step, in a session of its own, goes on; it sees the number as ORRERY_OUTLIVE and must end itself by then.
-    The attempt after it waits for that (`wait_for_end`).
+    A step that saves its state has the plan's `outlive` seconds for it. Airflow kills who called `stop` after five, and
+    the step, in a session of its own, goes on; it sees the number as ORRERY_OUTLIVE and must end itself by then. The
+    attempt after it waits for that (`wait_for_end`).
     """
 
     on_line: Callable[[str], None] | None = None
     logs: str = "json"
-    outlive: float = 0.0
+    _outlive: float = field(default=0.0, init=False)
     _told: float | None = field(default=None, init=False)
     _process: subprocess.Popen[str] | None = field(default=None, init=False)
     _watch: threading.Thread | None = field(default=None, init=False)
 
     def __call__(self, plan: Plan) -> int:
-        config = plan.config
+        config, self._outlive = plan.config, plan.outlive
         argv = [str(interpreter(plan.verb.environment)), "-m", "orrery", "step"]
         argv += ["--config", f"{config.store}/{config.folder}/config.json"]
         argv += ["--result", f"{config.store}/{config.folder}/result.json"]
         logs = self.logs if self.on_line else "text"
         with _scratch() as folder:
             own = {"TMPDIR": str(folder), "ORRERY_CACHE": str(_cache()), "ORRERY_LOG": logs}
-            if self.outlive:
-                own["ORRERY_OUTLIVE"] = str(self.outlive)
+            if self._outlive:
+                own["ORRERY_OUTLIVE"] = str(self._outlive)
             env = step_environment({**_source_secrets(config), **plan.environment, **own})
 
             def started(pid: int) -> None:
@@ -134,12 +123,12 @@ class LocalProcess:
             self._watch.join()
             return self._process.wait()
         finally:
-            self._stop(max(GRACE_S, self.outlive))
+            self._stop(max(GRACE_S, self._outlive))
             if self._process.stdout:
                 self._process.stdout.close()
 
     def stop(self) -> None:
-        """End the step and all it started, or leave it to save (`outlive`). Safe at any time, from any thread."""
+        """End the step and all it started, or leave it to save. Safe at any time, from any thread."""
         self._stop(GRACE_S)
 
     def _stop(self, patience: float) -> None:
@@ -151,7 +140,7 @@ class LocalProcess:
                 self._told = time.monotonic()
                 _signal_session(process.pid, signal.SIGTERM)
             watch.join(max(self._told + patience - time.monotonic(), 0.0))
-            if watch.is_alive() and patience < self.outlive:
+            if watch.is_alive() and patience < self._outlive:
                 return
         if watch.is_alive():
             _signal_session(process.pid, signal.SIGKILL)

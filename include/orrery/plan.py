@@ -19,9 +19,13 @@ from orrery import approvals, attempts, bundle, fingerprint, partitions, platfor
 from orrery.contract import LOOK_BACK, VERBS, Params, Result, SourceRef, StepConfig, Verb
 from orrery.errors import RequestError, nearest
 from orrery.ledger import Champion, Ledger
-from orrery.spec import ModelSpec, Source, load_model
+from orrery.spec import ModelSpec, Source, load_model, seconds
 from orrery.store import Manifest, Ref, Store
 from orrery.tuning import planning
+
+# Verbs that save their state when they are told to stop, and what their ends take beside the saving.
+SAVES = frozenset({"train", "trial"})
+AFTER_SAVING_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Request:
 class Plan:
     """A request made exact. `done` is set when there is nothing to do; `packed` is pushed when the step is prepared.
 
-    `compute` is the class that the step is to run on.
+    `compute` is the class that the step is to run on; `outlive` the seconds after SIGTERM in which it saves its state.
     """
 
     config: StepConfig
@@ -64,6 +68,7 @@ class Plan:
     done: Result | None = None
     packed: bundle.Bundle | None = None
     compute: str = ""
+    outlive: float = 0.0
     # What the launcher tells of the attempt, for the ledger: beside the fields of `attempts.Attempt`.
     told: dict[str, Any] = field(default_factory=dict)
 
@@ -138,7 +143,8 @@ class Planner:
             requested=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         done = self._released(request, inputs) if verb.name in ("register", "promote") else self._done(config, verb)
-        return Plan(config, verb, self._secrets(verb), done, packed, self.compute_of(request))
+        outlive = outlives(verb.name, self.spec)
+        return Plan(config, verb, self._secrets(verb), done, packed, self.compute_of(request), outlive)
 
     def compute_of(self, request: Request) -> str:
         """Return the compute class that a request runs on."""
@@ -482,6 +488,11 @@ class Planner:
         if self.platform.wandb is not None and verb.name in ("train", "trial"):
             found["ORRERY_WANDB"] = self.platform.wandb.model_dump_json()
         return found
+
+
+def outlives(verb: str, spec: ModelSpec) -> float:
+    """Return how many seconds a step may need to save its state when it is told to stop."""
+    return seconds(spec.train.checkpoint.within) + AFTER_SAVING_S if verb in SAVES else 0.0
 
 
 def attempt_folder(request: Request, run: str | None = None) -> str:

@@ -11,7 +11,7 @@ from orrery import bundle, fingerprint, platform
 from orrery.contract import VERBS, Result, StepConfig
 from orrery.errors import RequestError, UserError, nearest
 from orrery.local import LocalProcess
-from orrery.plan import Plan, Planner
+from orrery.plan import Plan, Planner, outlives
 from orrery.runner import prepare, raise_for, read_result
 from orrery.store import Manifest
 
@@ -35,7 +35,8 @@ def _again(planner: Planner, recorded: StepConfig, say: Callable[[str], None]) -
     )
     if not planner.store.exists(bundle.path_of(config.bundle)):
         raise UserError(f"the project's code of that time ({config.bundle[:12]}) is gone from {planner.store.uri}")
-    plan = Plan(config, VERBS[config.verb], planner._secrets(VERBS[config.verb]))
+    verb = VERBS[config.verb]
+    plan = Plan(config, verb, planner._secrets(verb), outlive=outlives(verb.name, planner.spec))
     prepare(plan, planner.store)
     result = read_result(planner.store, config, LocalProcess()(plan))
     raise_for(plan, result)

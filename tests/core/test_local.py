@@ -110,13 +110,14 @@ def worker_and_step(house: House, mode: str, value: float = 1.0, **more: Any) ->
     """Start a worker that carries one `probe`; return it and the step's process number once the verb has begun."""
     code = (
         "import json, signal, sys; sys.path.insert(0, sys.argv[1]); import core_verbs; core_verbs.register()\n"
-        "from orrery.plan import Planner, Request; from orrery import local, runner; local.LONGEST_TMP = 500\n"
+        "from dataclasses import replace; from orrery import local, runner; local.LONGEST_TMP = 500\n"
+        "from orrery.plan import Planner, Request\n"
         "options = {'mode': sys.argv[3], 'marks': sys.argv[2], 'value': float(sys.argv[4])}\n"
         "request = Request('delays', 'probe', ('2013-01',), 'run-1', 'probe', options=options)\n"
-        "launch = local.LocalProcess(on_line=lambda line: None, **json.loads(sys.argv[5]))\n"
+        "launch, told = local.LocalProcess(on_line=lambda line: None), json.loads(sys.argv[5])\n"
         # As Airflow's task: SIGTERM asks the launcher to stop, and the main thread goes on waiting.
         "signal.signal(signal.SIGTERM, lambda *_: launch.stop())\n"
-        "runner.run(Planner('delays'), request, launch)\n"
+        "runner.run(Planner('delays'), request, lambda plan: launch(replace(plan, **told)))\n"
     )
     here = str(Path(__file__).resolve().parent)
     argv = [sys.executable, "-c", code, here, str(house.marks), mode, str(value), json.dumps(more)]

@@ -17,11 +17,11 @@ from orrery.contract import STATUS_OF_CODE, VERBS, Result, StepError
 from orrery.costs import TRAINS, refuse_over_budget
 from orrery.errors import BudgetSpent, OrreryError, RequestError, UserError
 from orrery.ledger import Ledger
-from orrery.local import AFTER_SAVING_S, LocalProcess, outlives, relay, wait_for_end
+from orrery.local import LocalProcess, relay, wait_for_end
 from orrery.log import shown
 from orrery.orchestration import links, params, retry, waiting
 from orrery.placement import placement
-from orrery.plan import Plan, Planner, Request, safe_name
+from orrery.plan import AFTER_SAVING_S, Plan, Planner, Request, outlives, safe_name
 from orrery.runner import history, record_skip, record_unstarted, recorded, run
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ class StepOperator(BaseOperator):
         return request
 
     def _make_launcher(self, context: Context, planner: Planner) -> Any:
-        local = LocalProcess(on_line=lambda line: relay(line, _emit), outlive=self._outlive(planner))
+        local = LocalProcess(on_line=lambda line: relay(line, _emit))
         secrets = self._source_secrets(planner)
 
         def launch(plan: Plan) -> int:
@@ -238,13 +238,9 @@ class StepOperator(BaseOperator):
         launch.stop = local.stop  # type: ignore[attr-defined]
         return launch
 
-    def _outlive(self, planner: Planner) -> float:
-        """Return how many seconds the step may need to save its state when it is told to stop."""
-        return outlives(self.verb, planner.spec)
-
     def _wait_for_end(self, planner: Planner, folder: str) -> None:
         """Wait for the step of an earlier attempt whose worker is gone."""
-        wait_for_end(planner.store, folder, self._outlive(planner) + AFTER_SAVING_S)
+        wait_for_end(planner.store, folder, outlives(self.verb, planner.spec) + AFTER_SAVING_S)
 
     def _source_secrets(self, planner: Planner) -> dict[str, str]:
         """Return the URLs of SQL sources, from Airflow's connections, for the ingest step's environment alone."""
