@@ -50,6 +50,9 @@ class Attempt(BaseModel):
     resumed: int = Field(0, description="The optimiser step it went on from.")
     committed: int = Field(0, description="The optimiser step that its last checkpoint, or the finished model, holds.")
     progress: Progress | None = None
+    injected: tuple[str, ...] = Field(
+        (), description="The faults of a rehearsal that it was given (`ORRERY_FAULTS`); none: what befell it was real."
+    )
 
     @property
     def ended(self) -> datetime:
@@ -120,7 +123,8 @@ def of(entries: Iterable[Entry]) -> list[Attempt]:
 def observed(ledger: Ledger, project: str, compute: str) -> dict[str, Any]:
     """Return how often the project's newest trainings on a compute class were interrupted, and how long they ran."""
     newest = of(ledger.recent(project, "run", phase="done", verb="train", limit=OBSERVED))
-    there = [a for a in newest if a.compute == compute and a.progress is not None]
+    # A rehearsal says nothing of how often these machines are taken away.
+    there = [a for a in newest if a.compute == compute and a.progress is not None and not a.injected]
     interrupted = sum(a.spent == "interruptions" for a in there)
     return {"interruptions": interrupted, "observed_s": round(sum(a.wall_s for a in there), 1)}
 
