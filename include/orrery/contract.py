@@ -7,11 +7,13 @@ secret; the result document is the truth and the exit code a hint.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from orrery.errors import RequestError
 from orrery.store import Ref
 
 Status = Literal["done", "user", "try_again", "interrupted", "bug"]
@@ -142,7 +144,7 @@ class Verb:
     state and so is never skipped; `dataset` is what its output is published as, per partition or window;
     `scope` tells whether it works on a partition or a window; `hints` are params outside the fingerprint;
     `by_address`: its inputs count by their manifest and not by their content alone, since it reads what was
-    measured beside the content (the gate: latency).
+    measured beside the content (the gate: latency). `spreads`: it can work in several pods at once, see `Node`.
     """
 
     name: str
@@ -154,6 +156,7 @@ class Verb:
     effect: bool = False
     observes: bool = False
     by_address: bool = False
+    spreads: bool = False
     compute: str = "cpu-light"
     hints: frozenset[str] = field(default_factory=frozenset)
 
@@ -188,6 +191,7 @@ VERBS: dict[str, Verb] = {
             TrainParams,
             "window",
             "candidate",
+            spreads=True,
             compute="cpu-small",
             # They say how often to save, which changes no weight.
             hints=frozenset({"interruptions", "observed_s"}),
@@ -221,6 +225,57 @@ VERBS: dict[str, Verb] = {
         Verb("report", "orrery.monitoring.report", "ml", ReportParams, "partition", "report"),
     )
 }
+
+
+# How long the nodes of a training wait for each other where nobody says: machines may come minutes apart.
+PATIENCE_S = 900.0
+
+
+@dataclass(frozen=True)
+class Node:
+    """Which part of a step this process does, where the step has several pods: number `number` of `of`.
+
+    Node 0 leads: it alone holds the lease, commits and writes result.json. The others work along with it and write
+    `result-<number>.json`, which nobody waits for. `master` is node 0's address, host:port; `patience` the seconds that
+    they wait for each other at the beginning.
+    """
+
+    number: int = 0
+    of: int = 1
+    master: str = ""
+    patience: float = PATIENCE_S
+
+    @property
+    def leads(self) -> bool:
+        """Whether this one commits."""
+        return self.number == 0
+
+    @classmethod
+    def here(cls, given: Mapping[str, str]) -> Node:
+        """Return what a process's environment says: ORRERY_NODES, ORRERY_NODE, ORRERY_MASTER and ORRERY_PATIENCE.
+
+        Kubeflow's operator tells its pods RANK, MASTER_ADDR and MASTER_PORT, which are taken where ours are missing.
+        Raises `RequestError` when they do not fit together.
+        """
+        of = _number(given, "ORRERY_NODES", "1")
+        if of == 1:
+            return cls()
+        number = _number(given, "ORRERY_NODE", given.get("RANK", ""))
+        master = given.get("ORRERY_MASTER") or ":".join(given.get(n, "") for n in ("MASTER_ADDR", "MASTER_PORT"))
+        host, _, port = master.rpartition(":")
+        if not 0 <= number < of or not host or not port.isdecimal():
+            raise RequestError(
+                f"ORRERY_NODES={of}, ORRERY_NODE={number}, ORRERY_MASTER={master!r} do not fit together",
+                hint="a node is one of 0 to ORRERY_NODES - 1, and the master's address is host:port",
+            )
+        return cls(number, of, master, float(given.get("ORRERY_PATIENCE") or PATIENCE_S))
+
+
+def _number(given: Mapping[str, str], name: str, otherwise: str) -> int:
+    text = given.get(name) or otherwise
+    if not text.isdecimal():
+        raise RequestError(f"{name} is {text!r}; it must be a whole number")
+    return int(text)
 
 
 class StepConfig(BaseModel):

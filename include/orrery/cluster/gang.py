@@ -1,8 +1,8 @@
 """What a training over several pods is made of: an Indexed Job of plain Kubernetes, or Kubeflow's PyTorchJob.
 
 Both are made from one pod document, as the operator makes it for a step of one pod. All pods run the same argv; what
-tells them apart are three variables (see `orrery.nodes`): how many nodes there are, which one this is, and where node 0
-is found. One pod that ends badly, or is taken away, ends them all, and none is replaced: a rank that is new would have
+tells them apart are a few variables (see `contract.Node`): how many nodes there are, which one this is, and where
+node 0 is found. One pod that ends badly, or is taken away, ends them all, and none is replaced: a new rank would have
 nobody to train with. The next attempt is a new unit, which goes on from the checkpoint.
 
     gang = make(platform.kubernetes.ranks)
@@ -48,7 +48,7 @@ class Gang(Protocol):
         """Return the objects to create, in order; the first owns the others (see `owned`).
 
         `pod`: a pod document in the API's own JSON, with the labels of the unit; its first container is the step's.
-        `wait`: seconds that the pods may take to be placed, for the deadline of what nobody watches any more.
+        `wait`: seconds that the pods may take to be placed. So long those that run wait for the others.
         """
         ...
 
@@ -61,11 +61,11 @@ class IndexedJob:
     """Plain Kubernetes: `completions` pods with an index each, found by name through a headless Service."""
 
     longest = 60  # `<unit>-63` is a host name
-    container = None
+    container: str | None = None
 
     def documents(self, pod: Json, unit: str, pods: int, namespace: str, *, wait: float = 3600) -> list[Json]:
         """See `Gang.documents`."""
-        template = _template(self, pod, unit, pods)
+        template = _template(self, pod, unit, pods, wait)
         spec = template["spec"]
         spec["subdomain"] = unit  # with the Service of that name, `<unit>-<index>.<unit>` is a pod's address
         step = spec["containers"][0]
@@ -113,12 +113,12 @@ class PyTorchJob:
     """Kubeflow's training operator: a master and workers. It makes their Services and their ranks' variables."""
 
     longest = 53  # `<unit>-worker-62` is a Service
-    container = "pytorch"  # its operator demands the name
+    container: str | None = "pytorch"  # its operator demands the name
     replica, number = "training.kubeflow.org/replica-type", "training.kubeflow.org/replica-index"
 
     def documents(self, pod: Json, unit: str, pods: int, namespace: str, *, wait: float = 3600) -> list[Json]:
         """See `Gang.documents`."""
-        template = _template(self, pod, unit, pods)
+        template = _template(self, pod, unit, pods, wait)
         template["spec"]["containers"][0]["name"] = self.container
         replicas = {"Master": 1, "Worker": pods - 1}
         specs = {
@@ -175,7 +175,7 @@ def owned(document: Json, owner: Mapping[str, Any]) -> Json:
     return {**document, "metadata": {**document["metadata"], "ownerReferences": [reference]}}
 
 
-def _template(gang: Gang, pod: Json, unit: str, pods: int) -> Json:
+def _template(gang: Gang, pod: Json, unit: str, pods: int, wait: float) -> Json:
     """Return the pods' template: the document without what is one pod's own, and how many nodes there are."""
     if len(unit) > gang.longest:
         raise OrreryError(f"unit {unit!r} has {len(unit)} characters, of {gang.longest} that a training's pods allow")
@@ -185,7 +185,8 @@ def _template(gang: Gang, pod: Json, unit: str, pods: int) -> Json:
     spec = {k: v for k, v in given["spec"].items() if k not in ("hostname", "subdomain", "nodeName")}
     spec["restartPolicy"] = "Never"
     step = spec["containers"][0]
-    step["env"] = [*(step.get("env") or ()), {"name": "ORRERY_NODES", "value": str(pods)}]
+    told = {"ORRERY_NODES": pods, "ORRERY_PATIENCE": int(wait)}
+    step["env"] = [*(step.get("env") or ()), *({"name": name, "value": str(value)} for name, value in told.items())]
     return {"metadata": metadata, "spec": spec}
 
 
