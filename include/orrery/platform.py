@@ -212,6 +212,46 @@ class Wandb(Frozen):
     entity: Annotated[str, StringConstraints(pattern=r"^[\w-]{1,128}$")] | None = None
 
 
+class Retention(Frozen):
+    """How long what is no longer needed stays, for `orrery housekeeping`. None: for ever."""
+
+    attempts: Duration | None = Field(
+        "90d", description="Config, result and pages of an attempt that has ended, since anything was written in it."
+    )
+    checkpoints: Duration | None = Field(
+        "14d", description="Of a training that never finished, since its last sign of life."
+    )
+    outputs: Duration | None = Field(
+        None,
+        description="Outputs that nothing refers to: superseded ones, samples, repeats, trials of no search. Counted "
+        "since they were made, used or superseded.",
+    )
+    leftovers: Duration = Field("2d", description="Half-written files of a step that is gone, since the last of them.")
+    logs: Duration | None = Field(None, description="Airflow's task logs on this machine.")
+    pods: Duration = Field("1h", description="Pods, Jobs and Services that no attempt will ask for again.")
+    share: float = Field(
+        0.25,
+        gt=0,
+        le=1,
+        description="Of outputs (or attempts, or checkpoints) one run may remove. More of them: none, and it says so.",
+    )
+
+    @model_validator(mode="after")
+    def _not_too_short(self) -> Retention:
+        """A step lives for hours and a laptop sleeps for a night: what is younger may be in use."""
+        for name, least in {
+            "attempts": "7d",
+            "checkpoints": "1d",
+            "outputs": "7d",
+            "leftovers": "1d",
+            "pods": "10m",
+        }.items():
+            given = getattr(self, name)
+            if given is not None and seconds(given) < seconds(least):
+                raise ValueError(f"`{name}` {given} is below {least}: what is younger may still be used")
+        return self
+
+
 class Platform(Frozen):
     """The whole of platform.yaml."""
 
@@ -232,6 +272,7 @@ class Platform(Frozen):
     spark: Spark = Spark()
     feast: Feast = Feast()
     alerts: Alerts = Alerts()
+    retention: Retention = Retention()
 
     def compute_class(self, name: str) -> Compute:
         """Return a compute class. Raises `SpecError` that lists what there is."""
