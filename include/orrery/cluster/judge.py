@@ -420,10 +420,8 @@ class Seen(BaseModel):
         seconds of a node's silence are borne. An ending once given stays, unless a better known one comes.
         """
         self._look(now)
-        found = self._judge(now, wait_until, grace, silent)
-        if (found is not None and (self.known is None or _rank(found) > _rank(self.known))) or (
-            found is not None and self.known is not None and found.kind == self.known.kind
-        ):
+        found, known = self._judge(now, wait_until, grace, silent), self.known
+        if found is not None and (known is None or found.kind == known.kind or _rank(found) > _rank(known)):
             self.known = found
         return self.known
 
