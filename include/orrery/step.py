@@ -27,7 +27,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from orrery import bundle, fingerprint, imports, log
+from orrery import bundle, fingerprint, imports, lastwords, log
 from orrery.contract import STATUS_OF_CODE, VERBS, Result, StepConfig, StepError, Verb
 from orrery.errors import BUG, DONE, INTERRUPTED, Interrupted, OrreryError, RequestError, TryAgain, UserError
 from orrery.lease import Lease
@@ -375,6 +375,7 @@ def _end() -> None:
 def attempt(config_uri: str, result_uri: str, started: float) -> int:
     """Run the attempt that a config document describes; write the result document; return the exit code."""
     seconds: dict[str, float] = {"start": time.time() - started}
+    words = lastwords.begin(started)
     try:
         signal.signal(signal.SIGTERM, _on_sigterm)
         code, result = _guarded(config_uri, seconds)
@@ -390,6 +391,8 @@ def attempt(config_uri: str, result_uri: str, started: float) -> int:
     except Exception as e:  # the result cannot be told; the exit code and the log still are
         log.get().error(f"the result could not be written to {result_uri}: {e}")
         code = code or getattr(e, "exit_code", BUG)
+    if words:
+        words.end(result)
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     return code
