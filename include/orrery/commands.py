@@ -64,6 +64,7 @@ def run(
     version: Annotated[str | None, typer.Option(help="Model version, for promote.")] = None,
 ) -> None:
     """Run one step here and now, without Airflow, its inputs taken from the store."""
+    from orrery import faults, twin
     from orrery.local import LocalProcess
     from orrery.runner import run as carry
 
@@ -78,6 +79,7 @@ def run(
     if step == "promote" and not version:
         raise RequestError("promote needs --version", hint="the number that register gave")
     planner = Planner(project)
+    rehearsed = faults.read(os.environ.get(faults.VARIABLE, ""), planner.platform, platform.profile())
     keys = planner.partitions_of(partition, window)
     whole = VERBS[step].scope == "window"
     name = f"cli--{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
@@ -97,9 +99,15 @@ def run(
         if step == "tune":
             from orrery.tuning.search import Search
 
-            show(step, request.key, Search(request, lambda line: out.print(line, markup=False)).run())
+            show(step, request.key, Search(request, say, rehearsed).run())
             continue
-        show(step, request.key, carry(planner, request, LocalProcess(), _secrets_note))
+        launch = twin.launcher(LocalProcess(), rehearsed, planner.platform, say)
+        show(step, request.key, carry(planner, request, launch, _secrets_note))
+
+
+def say(line: str) -> None:
+    """Print a line as it is."""
+    out.print(line, markup=False)
 
 
 def _secrets_note(plan: Plan) -> None:
@@ -292,6 +300,28 @@ def reproduce(
             hint="other hardware or library builds?",
         )
     out.print(f"[green]✓[/] version {what} retrained to the same weights: {now}")
+
+
+@app.command(name="faults")
+def faults_(
+    text: Annotated[str, typer.Argument(help="What ORRERY_FAULTS would hold; what it holds when not given.")] = "",
+) -> None:
+    """List what a cluster does to steps and how to rehearse it here, or check a text and say what it would do.
+
+    Such as: ORRERY_FAULTS='train: preempt@step=120; *: quota@for=20s' orrery run PROJECT train --window …
+    """
+    from orrery import faults
+    from orrery.faults_text import kinds, options
+
+    given = text or os.environ.get(faults.VARIABLE, "")
+    if not text:
+        out.print(kinds())
+        out.print(options())
+    if why := faults.refusal(platform.load(), platform.profile()):
+        out.print(f"[yellow]off:[/] {escape(why)}")
+    for fault in faults.parse(given, "the text" if text else faults.VARIABLE) if given else ():
+        out.print(f"[green]✓[/] {escape(fault.text)}")
+        out.print(f"    {fault.said()}", markup=False)
 
 
 @app.command()

@@ -10,6 +10,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 NAME = "progress.json"
+# Seconds between two looks, each of which is written; only the twin sets it, to meet an optimiser step.
+OFTEN = "ORRERY_PROGRESS_S"
 
 
 class Progress(BaseModel):

@@ -127,6 +127,23 @@ class LocalProcess:
             if self._process.stdout:
                 self._process.stdout.close()
 
+    @property
+    def pid(self) -> int | None:
+        """The step's process number, while it runs. Its session has the same."""
+        process, watch = self._process, self._watch
+        return process.pid if process is not None and watch is not None and watch.is_alive() else None
+
+    def tell(self) -> None:
+        """Tell the step alone to stop, as a kubelet does: what it has started is the step's to tell."""
+        if (pid := self.pid) is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Kill the step and all it started, at once."""
+        if (pid := self.pid) is not None:
+            _signal_session(pid, signal.SIGKILL)
+
     def stop(self) -> None:
         """End the step and all it started, or leave it to save. Safe at any time, from any thread."""
         self._stop(GRACE_S)

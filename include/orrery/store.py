@@ -30,6 +30,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from orrery.errors import OrreryError, RequestError, TryAgain, UserError
 
+# Only the twin sets it: while that file is there, the store does not answer (`faults`, kind `store`).
+OUTAGE = "ORRERY_STORE_OUTAGE"
 SEGMENT = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.=+,-]{0,200}$", flags=re.ASCII)
 CHUNK = 1 << 20
 
@@ -214,8 +216,9 @@ class Store:
         """Return a local path with the file's bytes: the file itself when the store is a folder, else a copy."""
         full = self.full(path)
         if self.is_local:
-            if not os.path.exists(full):
-                raise FileNotFoundError(full)
+            with self._trouble(path):
+                if not os.path.exists(full):
+                    raise FileNotFoundError(full)
             return Path(full)
         target = scratch / hashlib.sha256(path.encode()).hexdigest()[:16] / path.rsplit("/", 1)[-1]
         if not target.exists():
@@ -278,6 +281,8 @@ class Store:
 
     @contextlib.contextmanager
     def _trouble(self, path: str) -> Iterator[None]:
+        if (outage := os.environ.get(OUTAGE)) and os.path.exists(outage):
+            raise TryAgain(f"{self.uri}/{path}: the store does not answer", hint="this outage is a rehearsal")
         with trouble(f"{self.uri}/{path}"):
             yield
 

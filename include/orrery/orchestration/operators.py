@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 from airflow.sdk import BaseOperator
 from airflow.sdk.exceptions import AirflowSkipException
 
-from orrery import budgets, champions, partitions, platform, requests
+from orrery import budgets, champions, partitions, platform, requests, twin
 from orrery.attempts import Attempt
 from orrery.contract import STATUS_OF_CODE, VERBS, Result, StepError
 from orrery.costs import TRAINS, refuse_over_budget
+from orrery.endings import Ending
 from orrery.errors import BudgetSpent, OrreryError, RequestError, UserError
+from orrery.faults import Fault
 from orrery.ledger import Ledger
 from orrery.local import LocalProcess, relay, wait_for_end
 from orrery.log import shown
@@ -73,8 +75,11 @@ class StepOperator(BaseOperator):
         self.operator_extra_links = tuple(link() for link in links.BY_VERB.get(verb, ()))
         self._launcher: Any = None
         self._told: list[Told] = []
-        # The keys that this attempt is through with, and how; an operator that defers carries them over the wait.
+        # What this attempt is asked for, and the keys that it is through with, and how; an operator that defers carries
+        # both over the wait: found anew, earlier partitions would be others by then.
+        self._groups: list[tuple[str, ...]] = []
         self._over: dict[str, str] = {}
+        self._faults: tuple[Fault, ...] = ()  # that are rehearsed; on a cluster none
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Return a small summary of the result. Raises the typed error of the step (see `retry`)."""
@@ -92,6 +97,7 @@ class StepOperator(BaseOperator):
     def _execute(self, context: Context) -> dict[str, Any]:
         planner = Planner(self.project)
         asked = params.read(context, planner)
+        self._faults = asked.faults
         wanted = self._requests(context, planner, asked)
         if asked.dry_run:
             self._say_plan(planner, wanted)
@@ -140,8 +146,9 @@ class StepOperator(BaseOperator):
             keys = partitions.window(served[0].window, planner.spec.grain) if served else keys
         whole = VERBS[self.verb].scope == "window"
         groups = [keys] if whole else [(key,) for key in keys]
-        if self.verb == "monitor":
+        if self.verb == "monitor" and not self._groups:
             groups = [*((key,) for key in waiting.behind(planner, keys[0])), *groups]
+        self._groups = groups = self._groups or groups
         return [
             Request(
                 project=self.project,
@@ -228,14 +235,15 @@ class StepOperator(BaseOperator):
         return request
 
     def _make_launcher(self, context: Context, planner: Planner) -> Any:
-        local = LocalProcess(on_line=lambda line: relay(line, _emit))
+        local = LocalProcess(on_line=lambda line: relay(line, emit))
+        process = twin.launcher(local, self._faults, planner.platform, log.warning)
         secrets = self._source_secrets(planner)
 
-        def launch(plan: Plan) -> int:
+        def launch(plan: Plan) -> int | Ending:
             plan.environment.update(secrets)
-            return local(plan)
+            return process(plan)
 
-        launch.stop = local.stop  # type: ignore[attr-defined]
+        launch.stop = process.stop  # type: ignore[attr-defined]
         return launch
 
     def _wait_for_end(self, planner: Planner, folder: str) -> None:
@@ -343,7 +351,8 @@ def record_refusal(context: Context, project: str, verb: str, error: OrreryError
         log.warning("the refusal is not in the ledger: %s", e)
 
 
-def _emit(level: int, event: str, fields: dict[str, Any]) -> None:
+def emit(level: int, event: str, fields: dict[str, Any]) -> None:
+    """Write one event of a step's log into the task's."""
     rest = " ".join(f"{k}={shown(v)}" for k, v in fields.items() if k != "exception")
     log.log(level, "%s%s", event, f"  {rest}" if rest else "")
     if fields.get("exception"):

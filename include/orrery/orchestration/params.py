@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from airflow.sdk import Param
 
-from orrery import partitions
+from orrery import faults, partitions, platform
 from orrery.errors import RequestError, nearest
+from orrery.faults import Fault
 from orrery.partitions import EXAMPLES, PATTERNS
 from orrery.plan import Planner, safe_name
 from orrery.requests import training_window
 from orrery.spec import ModelSpec
 
-# Dag -> the fields of its form. A Dag that works on data has a partition or a window first.
+# Dag -> the fields of its form. A Dag that works on data has a partition or a window first. `faults` is offered where
+# something may be rehearsed: on a laptop.
 FIELDS: dict[str, tuple[str, ...]] = {
     "watch": (),
-    "ingest": ("partition", "reason", "force", "dry_run"),
+    "ingest": ("partition", "reason", "force", "dry_run", "faults"),
     "request": ("window", "reason", "force", "dry_run"),
-    "train": ("window", "reason", "force", "dry_run"),
-    "tune": ("window", "reason", "force", "dry_run"),
-    "score": ("partition", "reason", "force", "dry_run"),
+    "train": ("window", "reason", "force", "dry_run", "faults"),
+    "tune": ("window", "reason", "force", "dry_run", "faults"),
+    "score": ("partition", "reason", "force", "dry_run", "faults"),
     "labels": ("partition", "reason"),
-    "monitor": ("partition", "reason", "force", "dry_run"),
-    "rollback": ("version", "reason", "dry_run"),
+    "monitor": ("partition", "reason", "force", "dry_run", "faults"),
+    "rollback": ("version", "reason", "dry_run", "faults"),
 }
 
 
@@ -39,6 +42,7 @@ class Asked:
     dry_run: bool
     actor: str
     version: str | None = None
+    faults: tuple[Fault, ...] = ()
 
 
 def verb_of(dag_run: Any) -> str:
@@ -86,8 +90,21 @@ def form(dag: str, spec: ModelSpec) -> dict[str, Param]:
         "dry_run": lambda: Param(
             False, type="boolean", title="Dry run", description="Say what would be done; do nothing."
         ),
+        "faults": lambda: Param(
+            None,
+            type=["null", "string"],
+            maxLength=faults.LONGEST,
+            title="Faults to rehearse",
+            description="What a cluster would do to the steps, such as train: preempt@step=120; *: quota@for=20s. "
+            "`orrery faults` lists all.",
+        ),
     }
-    return {name: known[name]() for name in FIELDS[dag]}
+    return {name: known[name]() for name in FIELDS[dag] if name != "faults" or _rehearses()}
+
+
+def _rehearses() -> bool:
+    """Tell whether faults may be asked for here."""
+    return not faults.refusal(platform.load(), platform.profile())
 
 
 def read(context: Mapping[str, Any], planner: Planner) -> Asked:
@@ -117,7 +134,15 @@ def read(context: Mapping[str, Any], planner: Planner) -> Asked:
         bool(params.get("dry_run")),
         actor(dag_run),
         params.get("version"),
+        _faults(params, planner) if "faults" in fields else (),
     )
+
+
+def _faults(params: Mapping[str, Any], planner: Planner) -> tuple[Fault, ...]:
+    """Return what is to be rehearsed: by the run, else by the variable."""
+    given = params.get("faults")
+    text, source = (str(given), "faults") if given else (os.environ.get(faults.VARIABLE, ""), faults.VARIABLE)
+    return faults.read(text, planner.platform, platform.profile(), source)
 
 
 def _keys(text: str | None, planner: Planner, kind: str) -> tuple[str, ...]:

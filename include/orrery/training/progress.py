@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from orrery.errors import OrreryError
-from orrery.goodput import NAME, Progress
+from orrery.goodput import NAME, OFTEN, Progress
 from orrery.store import Store
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ class Reporter:
     def __init__(self, store: Store, folder: str, trainer: Trainer) -> None:
         self._store, self._folder, self._trainer = store, folder, trainer
         self._end = threading.Event()
+        often = os.environ.get(OFTEN)
+        self._look_s, self._write_s = (float(often), 0.0) if often else (LOOK_S, WRITE_S)
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Reporter:
@@ -55,10 +58,10 @@ class Reporter:
     def _run(self) -> None:
         written, committed = 0.0, -1
         while True:
-            ended = self._end.wait(LOOK_S)
+            ended = self._end.wait(self._look_s)
             if self._trainer.started:
                 now = self.progress()
-                if ended or now.committed != committed or now.now - written >= WRITE_S:
+                if ended or now.committed != committed or now.now - written >= self._write_s:
                     written, committed = now.now, now.committed
                     self._write(now)
             if ended:

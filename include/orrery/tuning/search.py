@@ -12,13 +12,16 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from orrery import platform
 from orrery.contract import Result
 from orrery.errors import Interrupted, TryAgain
+from orrery.faults import Fault
 from orrery.local import LocalProcess, relay
 from orrery.plan import Planner, Request
 from orrery.runner import StepFailed, run
 from orrery.spec import METRICS
 from orrery.tuning import planning
+from orrery.twin import Twin, launcher
 
 # Attempts of one trial: a process that was killed is taken up again at once, with the same parameters.
 TRIES = 4
@@ -28,11 +31,15 @@ Say = Callable[[str], None]
 
 @dataclass
 class Search:
-    """One search, as it goes on. `say` is given a line per trial that has ended; `asked` is the request for `tune`."""
+    """One search, as it goes on. `say` is given a line per trial that has ended; `asked` is the request for `tune`.
+
+    `faults` are rehearsed.
+    """
 
     asked: Request
     say: Say
-    _launchers: list[LocalProcess] = field(default_factory=list, init=False)
+    faults: tuple[Fault, ...] = ()
+    _launchers: list[LocalProcess | Twin] = field(default_factory=list, init=False)
     _stopped: bool = field(default=False, init=False)
     _done: dict[int, Result] = field(default_factory=dict, init=False)
     _told: set[str] = field(default_factory=set, init=False)
@@ -52,7 +59,11 @@ class Search:
                 for launcher in list(self._launchers):
                     launcher.stop()
                 raise
-        return run(Planner(self.asked.project), self.asked, LocalProcess())
+        return run(Planner(self.asked.project), self.asked, self._launcher(LocalProcess(), "tune"))
+
+    def _launcher(self, local: LocalProcess, name: str) -> LocalProcess | Twin:
+        where = platform.load()
+        return launcher(local, self.faults, where, lambda line: self.say(f"{name}: {line}"))
 
     def _follow(self, futures: dict[Future[Result], int], count: int) -> None:
         """Say each end as it comes; raise the first error."""
@@ -89,18 +100,19 @@ class Search:
         options = {"number": number}
         asked = replace(self.asked, verb="trial", task=f"trial.{number}", options=options)
         for attempt in range(1, TRIES + 1):
-            launcher = LocalProcess(on_line=lambda line: relay(line, self._heard(number)))
-            self._launchers.append(launcher)
+            local = LocalProcess(on_line=lambda line: relay(line, self._heard(number)))
+            process = self._launcher(local, f"trial {number}")
+            self._launchers.append(process)
             if self._stopped:
                 raise Interrupted("the search was stopped")
             try:
-                return run(Planner(self.asked.project), replace(asked, attempt=attempt), launcher)
+                return run(Planner(self.asked.project), replace(asked, attempt=attempt), process)
             except (Interrupted, TryAgain, StepFailed) as e:
                 if attempt == TRIES or self._stopped:
                     raise
                 self.say(f"trial {number} goes on in attempt {attempt + 1}: {e.message}")
             finally:
-                self._launchers.remove(launcher)
+                self._launchers.remove(process)
         raise AssertionError("unreachable")
 
     def _heard(self, number: int) -> Callable[[int, str, dict[str, Any]], None]:

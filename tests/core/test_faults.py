@@ -1,0 +1,268 @@
+"""What is rehearsed on a laptop: the language, and each fault on a real step with a real ledger."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from core_house import House, build, environment, go
+from core_verbs import wait_for
+
+from orrery import attempts, faults, lease, platform, runner, twin
+from orrery.attempts import Attempt
+from orrery.contract import Result
+from orrery.errors import Interrupted, OrreryError, RequestError, TryAgain, UserError
+from orrery.faults import Fault, parse
+from orrery.ledger import Ledger
+from orrery.local import LocalProcess
+from orrery.plan import Planner, Request
+from orrery.runner import StepFailed, StepVanished
+from orrery.twin import Twin
+
+# -- the language --------------------------------------------------------------------------------------
+
+
+def test_a_text_is_read_whatever_its_spaces_and_order() -> None:
+    text = " train :preempt@ times=2, step = 120;\n*: quota@for=20s ;score: node_lost@time=1.5m,partition=2013-07;"
+    first, second, third = parse(text)
+    assert first.text == "train: preempt@step=120,times=2"
+    assert (first.target, first.kind, first.step, first.times) == ("train", "preempt", 120, 2)
+    assert (second.text, second.lasts, second.times) == ("*: quota@for=20s", 20.0, 1)
+    assert (third.time, third.partition) == (90.0, "2013-07")
+    assert second.meets("gate", "2013-01") and not first.meets("score", "2013-07")
+    assert third.meets("score", "2013-07") and not third.meets("score", "2013-08")
+    assert parse("tune: image")[0].text == "tune: image"
+    for fault in (first, second, third):
+        assert parse(fault.text) == (fault,)
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "hint"),
+    [
+        ("train preempt", "in 'train preempt': it names no step", "such as train: preempt@step=120"),
+        ("trian: preempt@step=1", "unknown step 'trian'", "did you mean 'trial'?"),
+        ("train: preemt@step=1", "unknown kind 'preemt'", "did you mean 'preempt'?"),
+        ("train: node-lost@time=1s", "unknown kind 'node-lost'", "did you mean 'node_lost'?"),
+        ("train: preempt@stpe=1", "preempt takes no option 'stpe'", "did you mean 'step'?"),
+        ("train: oom@time=1s,grace=2s", "oom takes no option 'grace'", "allowed: partition, random, seed, step, time, times"),
+        ("train: quota@step=1", "quota takes no option 'step'", "allowed: for, partition, times, wait"),
+        ("train: preempt@120", "'120' is not NAME=VALUE", "preempt takes step, time"),
+        ("train: preempt@", "'' is not NAME=VALUE", "preempt takes step, time"),
+        ("train: preempt", "preempt needs a moment", "such as preempt@time=30s"),
+        ("train: store@time=1s", "store needs a moment", "such as store@time=30s,for=10s"),
+        ("train: preempt@step=1,time=1s", "step and time are two moments", "give one, or two faults"),
+        ("train: preempt@step=1,step=2", "step stands there twice", "give it once"),
+        ("train: preempt@step=0", "step=0 is not a number", "a whole one, at least 1"),
+        ("train: preempt@step=1e3", "step=1e3 is not a number", "a whole one, at least 1"),
+        ("*: preempt@step=5", "not every step has optimiser steps", "step= is for train and trial"),
+        ("score: oom@step=5", "score has no optimiser steps", "step= is for train and trial"),
+        ("train: preempt@time=30", "time=30 is not a duration", "such as 500ms, 30s"),
+        ("*: quota@for=long", "for=long is not a duration", "such as 500ms, 30s"),
+        ("train: evict@random=5s", "random=5s is not a rate", "such as random=1/600s"),
+        ("train: evict@random=0/5s", "random=0/5s is not a rate", "such as random=1/600s"),
+        ("train: evict@time=5s,seed=1", "seed is of random moments", "such as random=1/600s,seed=7"),
+        ("train: image; train: image", "'train: image' stands there twice", "times=2"),
+        (" ; ", "holds no fault", "such as"),
+    ],
+)  # fmt: skip
+def test_an_error_names_the_token_and_what_is_allowed(text: str, what: str, hint: str) -> None:
+    with pytest.raises(RequestError) as e:
+        parse(text, "the text")
+    assert e.value.message.startswith("the text") and what in e.value.message
+    assert hint in e.value.hint
+
+
+def test_random_moments_are_drawn_by_seed_and_told_again() -> None:
+    fault, other = parse("train: preempt@random=1/600s,seed=7; train: preempt@random=1/600s,seed=8")
+    assert fault.times is None
+    drawn = [fault.moment("train", "2013-01", attempt) for attempt in range(1, 2001)]
+    assert drawn == [fault.moment("train", "2013-01", attempt) for attempt in range(1, 2001)]
+    assert 550 < sum(t or 0.0 for t in drawn) / len(drawn) < 650
+    assert len({fault.moment("train", "2013-01", 1), other.moment("train", "2013-01", 1), drawn[1]}) == 3
+    assert not fault.spent([fault.text] * 20)
+    assert parse("train: preempt@random=1/600s,times=3")[0].spent(["train: preempt@random=1/600s,times=3"] * 3)
+
+
+@pytest.mark.parametrize("kind", faults.KINDS)
+def test_every_kind_says_what_it_does(kind: faults.Kind) -> None:
+    how = faults.KINDS[kind]
+    options = "@time=1s,for=1s" if kind == "store" else "@time=1s" if how.needs else ""
+    (fault,) = parse(f"*: {kind}{options}")
+    assert fault.said().startswith(f"every step: {how.does}")
+    assert (kind in twin.SAYS) is (kind != "store")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "why"),
+    [("ORRERY_STAGE", "prod", "nothing is rehearsed in stage prod"), ("ORRERY_PROFILE", "kubernetes", "local profile alone")],
+)  # fmt: skip
+def test_nothing_is_rehearsed_in_production_or_on_a_cluster(
+    house: House, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, why: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=f"ORRERY_FAULTS is set, and .*{why}"):
+        faults.read("*: image", platform.load(), platform.profile())
+    assert faults.read("  ", platform.load(), platform.profile()) == ()
+
+
+# -- what befalls a step -------------------------------------------------------------------------------
+
+SPEC = """\
+version: 1
+kind: model
+owner: ops
+task: binary
+label: {{column: late}}
+sources:
+  flights: {{uri: "${{data}}/flights/{{partition}}.parquet", partition: month}}
+gate: {{auc: {{min: 0.7}}}}
+train: {{window: 1, compute: spot, checkpoint: {{within: 5s}}, params: {{marks: "{marks}"}}}}
+"""
+PLATFORM = """\
+version: 1
+environments:
+  airflow: {image: "orrery/airflow:1"}
+compute:
+  cpu-light: {cpu: "1", memory: 3Gi}
+  spot: {spot: true, memory: 5Gi, grace: 45s}
+"""
+
+
+@pytest.fixture
+def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
+    made = build(tmp_path / "home")
+    (made.folder / "spec.yaml").write_text(SPEC.format(marks=made.marks))
+    (made.home / "include" / "platform.yaml").write_text(PLATFORM)
+    for name in ("ORRERY_PROFILE", "ORRERY_STAGE", "ORRERY_MLFLOW", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment(made).items():
+        monkeypatch.setenv(name, value)
+    clean = made.commit("validate", "clean", "2013-01")
+    made.commit("materialize", "features", "2013-01", inputs={"clean": (clean.ref,)})
+    return made
+
+
+class Rehearsal:
+    """Steps with faults, and what was said of them."""
+
+    def __init__(self, house: House, text: str) -> None:
+        self.house, self.said, self.log = house, list[str](), list[str]()
+        self.twin = Twin(LocalProcess(on_line=self.log.append), parse(text), platform.load(), self.said.append)
+
+    def go(self, attempt: int = 1, **options: object) -> Result:
+        return go(self.house, self.twin, attempt, **options)
+
+    def train(self, attempt: int = 1) -> Result:
+        request = self.house.request("train", "2013-01", attempt=attempt)
+        return runner.run(self.house.planner(), request, self.twin)
+
+    def attempts(self) -> list[Attempt]:
+        return attempts.of(Ledger(f"sqlite:///{self.house.home}/ledger.db").find("delays", "run"))
+
+
+def finish(house: House) -> None:
+    (house.marks / "go").touch()
+
+
+def test_a_training_is_preempted_at_a_step_once_and_goes_on(house: House) -> None:
+    rehearsal = Rehearsal(house, "train: preempt@step=20; *: quota@for=100ms; train: evict@step=100000; score: image")
+    with pytest.raises(Interrupted, match="SIGTERM: saved at step") as e:
+        rehearsal.train()
+    step = e.value.details["step"]
+    assert isinstance(step, int) and 20 <= step < 60
+    assert (e.value.details["ended"], e.value.details["by"]) == ("interrupted", "TerminationByKubelet")
+    assert e.value.details["exit_code"] == 143
+    finish(house)
+    assert rehearsal.train(2).status == "done"
+    first, second = rehearsal.attempts()
+    assert first.injected == ("*: quota@for=100ms", "train: preempt@step=20")
+    assert (first.cause, first.spent, first.committed) == ("interrupted", "interruptions", step)
+    assert (second.cause, second.injected) == (None, ())
+    assert wait_for(house.marks / "started") == str(step)
+    assert rehearsal.said[-1] == "rehearsal: train: evict@step=100000 has not come: the step ended before"
+    assert any(
+        line.startswith("rehearsal: train: preempt@step=20: its spot node is shut down") for line in rehearsal.said
+    )
+
+
+def test_a_fault_comes_as_often_as_it_is_asked_for(house: House) -> None:
+    rehearsal = Rehearsal(house, "probe: node_lost@time=0s,times=2")
+    for attempt in (1, 2):
+        with pytest.raises(Interrupted, match="its node is silent"):
+            rehearsal.go(attempt, mode="wait")
+    finish(house)
+    assert rehearsal.go(3, mode="wait").status == "done"
+    assert [a.cause for a in rehearsal.attempts()] == ["interrupted", "interrupted", None]
+
+
+def test_another_partition_has_faults_of_its_own(house: House) -> None:
+    rehearsal = Rehearsal(house, "*: image")
+    for key in ("2013-01", "2013-02"):
+        with pytest.raises(UserError, match="Failed to pull image"):
+            runner.run(house.planner(), house.request("probe", key), rehearsal.twin)
+
+
+@pytest.mark.parametrize(
+    ("fault", "by"),
+    [("preempt", "TerminationByKubelet"), ("evict", "EvictionByEvictionAPI"), ("taint", "DeletionByTaintManager")],
+)
+def test_a_step_that_heeds_no_sigterm_is_killed_after_the_grace(house: House, fault: str, by: str) -> None:
+    rehearsal = Rehearsal(house, f"probe: {fault}@time=0s,grace=200ms")
+    hit_once_started(rehearsal)
+    with pytest.raises(Interrupted) as e:
+        rehearsal.go(mode="deaf")
+    assert (e.value.details["by"], e.value.details["exit_code"]) == (by, 137)
+    assert "this was a rehearsal: probe: " in e.value.hint
+    assert not house.store.exists(f"{house.config().folder}/result.json")
+    (attempt,) = rehearsal.attempts()
+    assert attempt.spent == "interruptions"
+
+
+def hit_once_started(rehearsal: Rehearsal) -> None:
+    """Let a moment of time count from when the verb has begun: a machine's speed decides nothing."""
+    twin_, marks = rehearsal.twin, rehearsal.house.marks
+    whole = LocalProcess.pid
+
+    class Begun(LocalProcess):
+        @property
+        def pid(self) -> int | None:
+            return whole.fget(self) if (marks / "started").exists() else None  # type: ignore[attr-defined]
+
+    twin_.local = Begun(on_line=twin_.local.on_line)
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "error", "kind", "spent", "message"),
+    [
+        ("oom@time=0s", "wait", StepFailed, "OutOfMemory", "code", "the limit is 3Gi, it used "),
+        ("node_lost@time=0s", "wait", Interrupted, "NodeLost", "interruptions", "its node is silent"),
+        ("delete@time=0s,grace=200ms", "deaf", StepVanished, "StepVanished", "losses", "its pod was deleted"),
+        ("deadline@time=0s,grace=200ms", "deaf", StepFailed, "DeadlineExceeded", "code", "longer than the specified"),
+        ("deadline@time=0s", "wait", Interrupted, "Interrupted", "interruptions", "told to stop"),
+        ("quota@wait=100ms", "done", TryAgain, "Unplaced", "code", "no place within 0 s: exceeded quota: "),
+        ("quota@for=1h,wait=100ms", "done", TryAgain, "Unplaced", "code", "no place within 0 s: exceeded quota: "),
+        ("unschedulable@wait=100ms", "done", TryAgain, "Unplaced", "code", "0/1 nodes are available"),
+        ("image", "done", UserError, "ImageError", "code", 'Failed to pull image "orrery/airflow:1"'),
+        ("config", "done", UserError, "PodConfigError", "code", "not found"),
+    ],
+)  # fmt: skip
+def test_each_fault_ends_a_step_as_a_cluster_does(
+    house: House, text: str, mode: str, error: type[OrreryError], kind: str, spent: str, message: str
+) -> None:
+    rehearsal = Rehearsal(house, f"probe: {text}")
+    hit_once_started(rehearsal)
+    with pytest.raises(error) as e:
+        rehearsal.go(mode=mode)
+    assert message in e.value.message
+    (entry,) = Ledger(f"sqlite:///{house.home}/ledger.db").find("delays", "run")
+    (attempt,) = rehearsal.attempts()
+    assert attempt.spent == spent
+    assert attempt.injected == (f"probe: {text}",)
+    assert house.manifests() == []
+    assert entry.payload["attempt"]["injected"] == [f"probe: {text}"]
+    finish(house)
+    assert rehearsal.go(2, mode=mode).status == "done"
