@@ -19,7 +19,7 @@ VENVS = Path(os.environ.get("ORRERY_VENVS", ROOT / ".venvs"))
 # Test folder -> environment. tests/architecture proves that no folder is left out.
 FOLDERS = {
     "faults": ("faults",),
-    "airflow": ("core", "architecture", "dags", "servers", "projects"),
+    "airflow": ("core", "architecture", "dags", "cluster", "servers", "projects"),
     "demo": ("demo",),
     "ml": ("data", "features", "training", "evaluation", "registry", "monitoring", "tuning"),
     "spark": ("scoring",),
