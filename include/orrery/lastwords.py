@@ -20,6 +20,7 @@ import os
 import signal
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from orrery.contract import Result
 VARIABLE = "ORRERY_LAST_WORDS"
 LONGEST = 4096  # bytes; the kubelet keeps no more
 EVERY_S = 1.0
+JOIN_S = 1.0  # for how long the end of a step may be kept by a file that takes no byte
 PROC = Path("/proc")
 UNLIMITED = 1 << 60  # cgroup v1 has no word for it but a number that no machine has
 
@@ -59,7 +61,7 @@ class LastWords:
         """Write how it ended, beside the memory."""
         with contextlib.suppress(Exception):
             self._over.set()
-            self._thread.join(EVERY_S)
+            self._thread.join(JOIN_S)
             if not self._thread.is_alive():
                 self._look()
                 self._write(**_said(result))
@@ -100,13 +102,21 @@ def begin(started: float) -> LastWords | None:
 
 def fitting(told: dict[str, Any]) -> bytes:
     """Return a document of at most `LONGEST` bytes: its message is cut."""
-    while len(text := json.dumps(told).encode()) > LONGEST:
-        message = str(told.get("message", ""))
-        # A character may take twelve bytes; a cut of a third of what is too much comes to its end quickly.
-        told = {**told, "message": message[: max(len(message) - max((len(text) - LONGEST) // 3, 2), 0)].rstrip() + "…"}
-        if len(message) < 4:
-            return json.dumps({k: v for k, v in told.items() if k not in ("message", "kind")}).encode()
-    return text
+    text = _text(told)
+    if len(text) <= LONGEST:
+        return text
+    message = str(told.get("message", ""))
+    # How many characters fit depends on which they are.
+    fit = (
+        bisect_right(range(len(message)), LONGEST, key=lambda n: len(_text({**told, "message": message[:n] + "…"}))) - 1
+    )
+    if fit < 0:
+        return _text({k: v for k, v in told.items() if k not in ("message", "kind")})
+    return _text({**told, "message": message[:fit] + "…"})
+
+
+def _text(told: dict[str, Any]) -> bytes:
+    return json.dumps(told, ensure_ascii=False).encode(errors="replace")
 
 
 def meter() -> Callable[[], Memory]:
