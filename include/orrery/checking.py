@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 import subprocess
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -14,7 +16,7 @@ from rich.markup import escape
 
 from orrery import platform, spec, yamlfile
 from orrery.errors import OrreryError, SpecError, TryAgain, nearest
-from orrery.local import LocalProcess, interpreter
+from orrery.local import LocalProcess, interpreter, venvs
 from orrery.plan import Planner, Request
 from orrery.runner import run
 from orrery.spec import METRICS, Bound, Checks, Disparity, KnowledgeBaseSpec, ModelSpec, Spec
@@ -50,10 +52,17 @@ def report(project: str, console: Console) -> bool:
         if isinstance(declared, KnowledgeBaseSpec):
             console.print(f"[green]✓[/] {project}: knowledge base, {len(declared.sources)} sources")
             return True
+        sound = f"[green]✓[/] {project}: {declared.task}, {declared.train.window} {declared.grain}s on "
+        sound += declared.train.compute
+        if image := elsewhere():
+            _platform_has(folder / "spec.yaml", declared)
+            console.print(sound)
+            why = f"features.py and model.py were not imported: this is the image of {image}, that of ml imports them"
+            console.print(f"    [yellow]{why}[/]")
+            return True
         found = inspect(project, declared)
         changes = _changes(project)  # before anything is printed: a project is sound or it is not, on one line
-        train = declared.train
-        console.print(f"[green]✓[/] {project}: {declared.task}, {train.window} {declared.grain}s on {train.compute}")
+        console.print(sound)
         for line in _describe(found):
             console.print(f"    {escape(line)}")
         for line in changes:
@@ -64,6 +73,12 @@ def report(project: str, console: Console) -> bool:
         for line in str(e).splitlines():
             console.print(f"    {escape(line)}")
         return False
+
+
+def elsewhere() -> str:
+    """Return the environment of the image that this runs in (`ORRERY_IMAGE`) when it is not that of projects' code."""
+    image = os.environ.get("ORRERY_IMAGE", "")
+    return image if image and not (venvs() / "ml" / "bin" / "python").exists() else ""
 
 
 def _changes(project: str) -> list[str]:
@@ -86,17 +101,7 @@ def inspect(project: str, declared: ModelSpec) -> dict[str, Any]:
     """
     folder = platform.project_folder(project)
     file = folder / "spec.yaml"
-    _, lines = yamlfile.read(file)
-    where = platform.load()
-    if declared.train.compute not in where.compute:
-        at = f"{file}:{lines.get(('train', 'compute'), 1)}: train.compute"
-        raise SpecError(
-            f"{at}: {declared.train.compute!r} is not in platform.yaml; "
-            + nearest(declared.train.compute, where.compute)
-        )
-    for name, source in declared.sources.items():
-        at = f"{file}:{lines.get(('sources', name), 1)}: sources.{name}.uri"
-        platform.substitute(source.uri or "", {"root": "", "data": ""}, at)
+    lines = _platform_has(file, declared)
     argv = [str(interpreter("ml")), "-m", "orrery.inspection", str(folder), project, json.dumps(declared.train.params)]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     try:
@@ -108,6 +113,22 @@ def inspect(project: str, declared: ModelSpec) -> dict[str, Any]:
         at = f"{file}:{lines.get(('train', 'params', named[1]), 1)}: " if named else ""
         raise SpecError(f"{at}{answer['error']}", hint=answer.get("hint", ""))
     return dict(answer)
+
+
+def _platform_has(file: Path, declared: ModelSpec) -> yamlfile.Lines:
+    """Check what a spec takes from platform.yaml; return the spec's line numbers. Raises `SpecError`."""
+    _, lines = yamlfile.read(file)
+    where = platform.load()
+    if declared.train.compute not in where.compute:
+        at = f"{file}:{lines.get(('train', 'compute'), 1)}: train.compute"
+        raise SpecError(
+            f"{at}: {declared.train.compute!r} is not in platform.yaml; "
+            + nearest(declared.train.compute, where.compute)
+        )
+    for name, source in declared.sources.items():
+        at = f"{file}:{lines.get(('sources', name), 1)}: sources.{name}.uri"
+        platform.substitute(source.uri or "", {"root": "", "data": ""}, at)
+    return lines
 
 
 def _describe(found: dict[str, Any]) -> list[str]:
