@@ -7,7 +7,7 @@ dies is recorded by the next one, from that document and from what the step itse
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -80,6 +80,15 @@ def begun(number: int, name: str, compute: Compute | None, queued_s: float = 0.0
         started=datetime.now(UTC).isoformat(timespec="milliseconds"),
         queued_s=round(max(queued_s, 0.0), 3),
     )
+
+
+def placed_after(attempt: Attempt, waited_s: float) -> Attempt:
+    """Return the attempt with the time that it waited for a machine counted as queued: no machine was paid for then."""
+    if waited_s <= 0:
+        return attempt
+    started = datetime.fromisoformat(attempt.started) + timedelta(seconds=waited_s)
+    told = {"started": started.isoformat(timespec="milliseconds"), "queued_s": round(attempt.queued_s + waited_s, 3)}
+    return attempt.model_copy(update=told)
 
 
 def ended(

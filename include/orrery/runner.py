@@ -104,12 +104,13 @@ def _carry(planner: Planner, request: Request, launch: Launcher, started: Callab
     return result
 
 
-def conclude(planner: Planner, request: Request, plan: Plan, result: Result, ran: str) -> Result:
+def conclude(planner: Planner, request: Request, plan: Plan, result: Result, ran: str, waited_s: float = 0.0) -> Result:
     """Record the end of an attempt whose launcher raised `GoesOn`; `ran` is the folder that the step worked in.
 
-    Raises the error that the result tells.
+    `waited_s`: how long no machine was there for it, which nobody paid for. Raises the error that the result tells.
     """
     attempt = attempts.read(planner.store, plan.config.folder) or _begun(planner, request)
+    attempt = attempts.placed_after(attempt, waited_s)
     wall_s = time.time() - datetime.fromisoformat(attempt.started).timestamp()
     progress = attempts.progress_of(planner.store, ran)
     _record(planner, request, plan, result, attempts.ended(attempt, result, progress, wall_s, plan.told))

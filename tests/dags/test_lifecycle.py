@@ -369,24 +369,25 @@ assert not bag.import_errors, bag.import_errors
 from orrery.orchestration.pods import PodStepOperator
 task = bag.dags["flight_delay.train"].get_task("train")
 assert isinstance(task, PodStepOperator), type(task)
-# No cluster here: rendering asks the hook only whether it runs inside one.
-task.hook.__dict__.update(api_client=None, _is_in_cluster=True)
-from types import SimpleNamespace as Some
-from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
-from orrery.plan import Planner, safe_name
-pods = []
-# In the place of the cluster: what the launcher would have it run.
-KubernetesPodOperator.execute = lambda self, context: pods.append(self.build_pod_request_obj())
-run = safe_name("flight_delay.train--manual__2026-11-24T13:20:35.123456+00:00_with_a_long_tail")
-config = Some(store="s3://b", folder="p/runs/r/1", run=run, attempt=2)
-launch = task._make_launcher({}, Planner("flight_delay"))
-from orrery.contract import VERBS
-for compute in ("cpu-small", "cpu-large"):
-    plan = Some(config=config, environment={"MLFLOW_TRACKING_URI": "http://mlflow"}, verb=VERBS["train"], compute=compute)
-    assert launch(plan) == 0
-assert not task.durable and not task.deferrable
+# No cluster here: rendering asks the hook only whether it runs inside one, and how a pod is written as JSON.
 from kubernetes.client import ApiClient
-print(json.dumps(ApiClient().sanitize_for_serialization(pods)))
+task.hook.__dict__.update(api_client=ApiClient(), _is_in_cluster=True)
+from orrery.cluster import names
+from orrery.contract import VERBS, StepConfig
+from orrery.orchestration.pods import PodLauncher
+from orrery.plan import Plan, Planner, Request, safe_name
+run = safe_name("flight_delay.train--manual__2026-11-24T13:20:35.123456+00:00_with_a_long_tail")
+config = StepConfig(
+    project="flight_delay", verb="train", key="2013-01..2013-03", partitions=("2013-01",), store="s3://b", bundle="d",
+    address="a" * 32, run=run, task="train", attempt=2, folder="p/runs/r/2",
+)
+request = Request("flight_delay", "train", ("2013-01",), run, "train", 2)
+launcher = PodLauncher(task, {}, Planner("flight_delay"), request)
+pods = []
+for compute in ("cpu-small", "cpu-large"):
+    plan = Plan(config, VERBS["train"], {"MLFLOW_TRACKING_URI": "http://mlflow"}, compute=compute, outlive=28.0)
+    pods += launcher._documents(plan, launcher.planner.platform.compute_class(compute), names.unit(config))
+print(json.dumps(pods))
 """
 
 
@@ -415,28 +416,36 @@ def test_the_kubernetes_profile_renders_pods_from_the_compute_class(tmp_path: Pa
     container = pod["spec"]["containers"][0]
     assert container["image"] == "orrery/ml:0.1.0"
     assert container["command"] == ["orrery"]
-    folder = "s3://b/p/runs/r/1"
+    folder = "s3://b/p/runs/r/2"
     assert container["args"] == ["step", "--config", f"{folder}/config.json", "--result", f"{folder}/result.json"]
-    assert {"name": "MLFLOW_TRACKING_URI", "value": "http://mlflow"} in container["env"]
+    environment = {e["name"]: e["value"] for e in container["env"]}
+    assert environment["MLFLOW_TRACKING_URI"] == "http://mlflow" and environment["ORRERY_LOG"] == "json"
+    # Disk and memory are bounded, the processor is not.
     assert container["resources"] == {
-        "requests": {"cpu": "2", "memory": "6Gi"},
-        "limits": {"memory": "6Gi", "nvidia.com/gpu": "1"},
+        "requests": {"cpu": "2", "memory": "6Gi", "ephemeral-storage": "10Gi"},
+        "limits": {"memory": "6Gi", "ephemeral-storage": "10Gi", "nvidia.com/gpu": "1"},
     }
-    assert pod["metadata"]["labels"]["orrery/project"] == "flight_delay"
-    assert pod["metadata"]["labels"]["orrery/step"] == "train"
-    assert pod["metadata"]["labels"]["orrery/attempt"] == "2"
+    labels = pod["metadata"]["labels"]
+    assert labels["orrery/unit"] == pod["metadata"]["name"]
+    assert pod["metadata"]["name"].startswith("flight-delay-train-") and pod["metadata"]["name"].endswith("-2")
+    assert (labels["orrery/project"], labels["orrery/step"], labels["orrery/attempt"]) == ("flight_delay", "train", "2")
+    assert labels["orrery/partition"] == "2013-01..2013-03"
+    assert pod["metadata"]["annotations"]["orrery/folder"] == "p/runs/r/2"
     # What a cluster accepts as a label's value (a default run id holds +00:00).
-    values = pod["metadata"]["labels"].values()
-    assert all(re.fullmatch(r"([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?", v) for v in values), values
+    assert all(re.fullmatch(r"([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?", v) for v in labels.values()), labels
     assert pod["spec"]["nodeSelector"] == {"pool": "a"}
-    assert pod["spec"]["tolerations"] == [{"key": "spot", "operator": "Exists", "tolerationSeconds": 60}]
+    assert {"key": "spot", "operator": "Exists", "tolerationSeconds": 60} in pod["spec"]["tolerations"]
     assert pod["spec"]["serviceAccountName"] == "orrery-step"
-    assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
-    assert pod["spec"].get("automountServiceAccountToken") is False
+    assert pod["spec"]["restartPolicy"] == "Never"
+    # The step may take 28 s to save, and is given a little more; the class's timeout is the pod's own.
+    assert pod["spec"]["terminationGracePeriodSeconds"] == 31 and pod["spec"]["activeDeadlineSeconds"] == 7200
+    assert environment["ORRERY_OUTLIVE"] == "28"
+    assert pod["spec"]["automountServiceAccountToken"] is False and pod["spec"]["enableServiceLinks"] is False
     assert len(pod["spec"]["containers"]) == 1  # no XCom sidecar
     # An attempt that is placed elsewhere has nothing of the class before.
     assert fallback["spec"]["containers"][0]["resources"] == {
-        "requests": {"cpu": "8", "memory": "32Gi"},
-        "limits": {"memory": "32Gi"},
+        "requests": {"cpu": "8", "memory": "32Gi", "ephemeral-storage": "10Gi"},
+        "limits": {"memory": "32Gi", "ephemeral-storage": "10Gi"},
     }
-    assert not fallback["spec"].get("nodeSelector") and not fallback["spec"].get("tolerations")
+    assert not fallback["spec"].get("nodeSelector")
+    assert all(t["key"].startswith("node.kubernetes.io/") for t in fallback["spec"]["tolerations"])

@@ -145,7 +145,7 @@ class StepOperator(BaseOperator):
             # What was taken up, for the whole run: one partition may mean a longer window by now.
             keys = partitions.window(served[0].window, planner.spec.grain) if served else keys
         whole = VERBS[self.verb].scope == "window"
-        groups = [keys] if whole else [(key,) for key in keys]
+        groups: list[tuple[str, ...]] = [keys] if whole else [(key,) for key in keys]
         if self.verb == "monitor" and not self._groups:
             groups = [*((key,) for key in waiting.behind(planner, keys[0])), *groups]
         self._groups = groups = self._groups or groups

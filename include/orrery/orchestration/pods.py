@@ -1,42 +1,79 @@
-"""The same step as a pod: image, resources and placement from the compute class, the same argv, the same result."""
+"""The same step as a pod, or as several: created by a worker, waited for in the triggerer, judged by its result.
+
+Image, resources and placement come from the compute class (`orrery.cluster.template`); argv, config and result
+document are those of a laptop.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
-from airflow.providers.cncf.kubernetes.pod_generator import make_safe_label_value
-from kubernetes.client import models as k8s
+from kubernetes.client.exceptions import ApiException
+from urllib3.exceptions import HTTPError
 
-from orrery import platform
-from orrery.errors import OrreryError, UserError
-from orrery.orchestration.operators import StepOperator
-from orrery.plan import Plan, safe_name
-from orrery.platform import Compute, Platform, Toleration
+from orrery import attempts, platform
+from orrery.cluster import answers, gang, names, template, units
+from orrery.cluster.judge import readable
+from orrery.cluster.units import Unit
+from orrery.contract import VERBS, Result, StepConfig
+from orrery.endings import Ending
+from orrery.errors import TryAgain, UserError
+from orrery.orchestration import retry
+from orrery.orchestration.operators import StepOperator, Told
+from orrery.orchestration.pod_trigger import PodTrigger
+from orrery.plan import Plan, Planner, Request, attempt_folder, outlives
+from orrery.platform import Compute
+from orrery.runner import CHANGES, GoesOn, conclude, read_result
+from orrery.spec import seconds
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
-    from orrery.plan import Planner
+log = logging.getLogger("orrery.step")
+JSON = {"Accept": "application/json", "Content-Type": "application/json"}
+ANSWER_S = 30.0
+LOOK_S = 1.0  # between two looks at a lost attempt's pod that is saving its state
+MARGIN_S = 10.0  # beside its grace, what a pod that was told to go may take
+# An effect on the champion is waited for by its worker, within the task's own time.
+BEFORE_TIMEOUT_S = 60.0
 
 
-PER_ATTEMPT = ("orrery/run", "orrery/attempt")
+class PodStarted(GoesOn):
+    """A unit works, or is to be created; the trigger waits for its end."""
+
+    def __init__(self, trigger: PodTrigger) -> None:
+        super().__init__(trigger.unit)
+        self.trigger = trigger
 
 
 class PodStepOperator(StepOperator, KubernetesPodOperator):
-    """Runs one verb in a pod. What is asked for, planned, skipped and recorded is `StepOperator`'s."""
+    """Runs one verb in a pod. What is asked for, planned, skipped and recorded is `StepOperator`'s.
 
-    labels: Any
-    pod: Any
-    pod_request_obj: Any
-    remote_pod: Any
+    The worker creates the pod and leaves; the triggerer waits; a worker reads the result document. A pod's name
+    follows from its attempt, so it is never started twice, and one whose worker was lost before the wait began is
+    taken up by the next attempt. Whoever ends the task ends the pod.
+    """
+
+    name: Any
 
     def __init__(self, *, project: str, verb: str, compute: str, chain: tuple[str, ...] = (), **kwargs: Any) -> None:
-        from orrery.contract import VERBS
-
         where = platform.load()
-        pod = pod_arguments(where, where.compute_class(compute), VERBS[verb].environment, project, verb)
+        chosen = where.compute_class(compute)
+        template.check(where, chosen, compute, verb)
+        pod: dict[str, Any] = {
+            **template.for_cluster(where),
+            **template.for_class(where, chosen, verb, VERBS[verb].environment),
+            "name": f"{project}-{verb}".replace("_", "-"),
+            "labels": {names.PROJECT: names.label(project), names.STEP: verb},
+        }
         super().__init__(project=project, verb=verb, compute=compute, chain=chain, **pod, **kwargs)
+        self._event: dict[str, Any] | None = None
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Return a small summary of the result, like `StepOperator.execute`."""
@@ -45,99 +82,322 @@ class PodStepOperator(StepOperator, KubernetesPodOperator):
         context["ti"].xcom_push(key="return_value", value=result)
         return result
 
+    def pod_ended(
+        self, context: Context, event: dict[str, Any], over: dict[str, str], groups: list[list[str]]
+    ) -> dict[str, Any]:
+        """Go on after a wait; returns and raises what `execute` does."""
+        self._event, self._over, self._groups = event, dict(over), [tuple(group) for group in groups]
+        return self.execute(context)
+
+    def _one(self, context: Context, planner: Planner, request: Request) -> Result:
+        event = self._event
+        if event is not None and event["key"] == request.key:
+            self._event = None
+            return self._conclude(context, planner, request, event)
+        try:
+            return super()._one(context, planner, request)
+        except PodStarted as e:
+            self._push_known(context, e.trigger.folder)
+            carried = {"over": self._over, "groups": [list(group) for group in self._groups]}
+            # No timeout: the pod has its own (`timeout` of the class), and waiting for a machine is bounded by `wait`.
+            self.defer(trigger=e.trigger, method_name="pod_ended", kwargs=carried, timeout=None)
+            raise AssertionError("deferred") from None
+
     def _make_launcher(self, context: Context, planner: Planner) -> Any:
-        base: dict[str, str] = {k: v for k, v in (self.labels or {}).items() if k not in PER_ATTEMPT}
+        return PodLauncher(self, context, planner, self._told[-1].request)
 
-        def launch(plan: Plan) -> int:
-            sources = planner.spec.sources.items()
-            missing = [n for n, s in sources if s.connection and not planner.platform.kubernetes.secret]
-            if self.verb == "ingest" and missing:
-                raise UserError(
-                    f"source {missing[0]} needs a credential, and a pod is given none",
-                    hint=f"kubernetes.secret in platform.yaml, with the URL as ORRERY_SOURCE_{missing[0].upper()}",
-                )
-            # The pod operator remembers the pod of an earlier launch; one task may launch several partitions.
-            self.pod = self.pod_request_obj = self.remote_pod = None
-            self.arguments = step_arguments(plan)
-            # One attempt of a training may run on another class than the task's (see `placement`).
-            place = planner.platform.compute_class(plan.compute)
-            for name, value in placement_arguments(planner.platform, place, plan.verb.environment).items():
-                setattr(self, name, value)
-            self.labels = {
-                **base,
-                # A run id holds what a label may not (+00:00); Airflow shortens and cleans it as its own labels.
-                "orrery/run": make_safe_label_value(plan.config.run),
-                "orrery/attempt": str(plan.config.attempt),
-            }
-            self.env_vars = [k8s.V1EnvVar(name=k, value=v) for k, v in sorted(plan.environment.items())]
-            try:
-                KubernetesPodOperator.execute(self, context)
-            except OrreryError:
-                raise
-            except Exception as e:
-                # The pod operator raises one type for every end; the result document tells them apart.
-                self.log.warning("the pod did not end well: %s", e)
-                return 1
-            return 0
+    def _wait_for_end(self, planner: Planner, folder: str) -> None:
+        """Wait for a lost attempt's pod that was told to go and is saving; remove one that has ended."""
+        compute = planner.platform.compute_class(_compute_of(planner, folder, self.compute))
+        grace = template.grace(compute, outlives(self.verb, planner.spec))
+        cluster, until = Cluster(self, planner), time.monotonic() + grace + MARGIN_S
+        while True:
+            mine = [u for u in cluster.units([folder]) if u.folder == folder]
+            ending = [u for u in mine if u.state == "ending"]
+            if not ending or time.monotonic() > until:
+                break
+            log.info("%s of attempt %s is being stopped: waiting for its end", ending[0].name, ending[0].attempt)
+            time.sleep(LOOK_S)
+        for unit in mine:
+            if unit.state == "dead":
+                cluster.delete(unit.address)
 
-        return launch
+    def _conclude(self, context: Context, planner: Planner, request: Request, event: dict[str, Any]) -> Result:
+        """Judge the unit by what it left, and record the attempt."""
+        store, folder, ran = planner.store, attempt_folder(request), event["folder"]
+        config, ending = _config(planner, folder), Ending.model_validate(event["ending"])
+        plan = Plan(config, VERBS[config.verb], {}, compute=_compute_of(planner, folder, request.compute))
+        result = read_result(store, config if ran == folder else _config(planner, ran), ending)
+        plan.told["pod"] = _told(event, ending)
+        self._say_end(context, event, ending, result)
+        self._told.append(Told(request, plan, result))
+        self._push_known(context, ran)
+        self._push_links(context, result)
+        try:
+            return conclude(planner, request, plan, result, ran, float(event["waited_s"]))
+        finally:
+            # Last: what the pod could still tell is on record now.
+            self._delete(planner, event, ending)
+
+    def _say_end(self, context: Context, event: dict[str, Any], ending: Ending, result: Result) -> None:
+        """Write what became of the pod into the task's log and, where it did not end by itself, its state store."""
+        line = sentence(event, ending, result)
+        log.log(logging.INFO if result.status == "done" else logging.WARNING, "%s", line)
+        if ending.kind != "exited":
+            retry.note(context, pod=line)
+
+    def _delete(self, planner: Planner, event: dict[str, Any], ending: Ending) -> None:
+        if event["gone"]:
+            return
+        # A node that is silent never confirms a deletion: by force, or the pod's quota would stay taken.
+        Cluster(self, planner).delete(event["address"], force=ending.kind == "node_lost")
 
     def on_kill(self) -> None:
-        """Delete the pod."""
-        KubernetesPodOperator.on_kill(self)
+        """Delete the pod, if there is one by now."""
+        if self._launcher is not None:
+            self._launcher.stop()
 
 
-def step_arguments(plan: Plan) -> list[str]:
-    """Return the container's arguments; URIs are ours, made of checked segments, and no shell is involved."""
-    folder = f"{plan.config.store}/{plan.config.folder}"
-    return ["step", "--config", f"{folder}/config.json", "--result", f"{folder}/result.json"]
+class PodLauncher:
+    """Creates a planned step's unit, or takes up the one that works already; raises `PodStarted`."""
+
+    def __init__(self, operator: PodStepOperator, context: Context, planner: Planner, request: Request) -> None:
+        self.operator, self.context, self.planner, self.request = operator, context, planner, request
+        self.cluster = Cluster(operator, planner)
+        self._address = ""
+
+    def __call__(self, plan: Plan) -> Ending:
+        """Start it. An effect on the champion is waited for here, since its lease is held meanwhile."""
+        self._check_sources()
+        compute = self.planner.platform.compute_class(plan.compute)
+        template.check(self.planner.platform, compute, plan.compute, plan.config.verb)
+        # A first attempt has nothing to look for: that saves one request for each pod.
+        there = self._there() if plan.config.attempt > 1 or self.request.cleared else []
+        trigger = self._trigger(plan, compute, there)
+        if self.request.verb in CHANGES:
+            return self._here(plan, trigger)
+        raise PodStarted(trigger)
+
+    def stop(self) -> None:
+        """Delete the unit, if it is there by now. The worker has a few seconds left."""
+        if self._address:
+            self.cluster.delete(self._address)
+
+    def _trigger(self, plan: Plan, compute: Compute, there: list[Unit]) -> PodTrigger:
+        for unit in there:
+            if unit.state == "live" and unit.work == names.work(plan.config) and unit.folder:
+                log.warning("%s, whose worker was lost, is still at this work: it is taken up", unit.name)
+                return self._waits(plan, compute, unit.name, unit.address, unit.folder, unit.pods)
+        after = [u.name for u in there if u.state == "live"]
+        for unit in there:
+            if unit.state == "live":
+                log.warning("%s of an earlier attempt is at other work now: it is stopped", unit.name)
+            if unit.state != "ending":
+                self.cluster.delete(unit.address)
+        taken = {u.name for u in there}
+        free = next(n for n in range(1, 1000) if names.unit(plan.config, n) not in taken)
+        return self._create(plan, compute, names.unit(plan.config, free), after)
+
+    def _create(self, plan: Plan, compute: Compute, unit: str, after: list[str]) -> PodTrigger:
+        documents = self._documents(plan, compute, unit)
+        self._address = gang.address(documents[0])
+        new = self._waits(plan, compute, unit, self._address, plan.config.folder, compute.pods)
+        if after:
+            new.documents, new.after = documents, after
+            return new
+        refused = self.cluster.create(documents)
+        if refused is None:
+            log.info("%s is created, on class %s%s", unit, plan.compute, " (spot)" if compute.spot else "")
+        elif refused.kind == "exists":
+            # This attempt was started before, by a worker that was lost since.
+            there = self._there()
+            if all(u.name != unit for u in there):
+                raise TryAgain(f"{refused.message}, and is not of this attempt")
+            return self._trigger(plan, compute, there)
+        elif refused.kind == "wait":
+            log.warning("%s; it is asked for again until then", refused.message)
+            new.documents = documents
+        else:
+            raise UserError(refused.message, hint=refused.hint)
+        return new
+
+    def _documents(self, plan: Plan, compute: Compute, unit: str) -> list[dict[str, Any]]:
+        """Return what is to be created, in the API's own JSON."""
+        where, operator = self.planner.platform, self.operator
+        for name, value in template.for_attempt(where, compute, plan, unit).items():
+            setattr(operator, name, value)
+        pod = self.cluster.client.sanitize_for_serialization(operator.build_pod_request_obj(self.context))
+        if compute.pods == 1:
+            return [pod]
+        ranks, wait = gang.make(where.kubernetes.ranks), float(seconds(compute.wait))
+        return ranks.documents(pod, unit, compute.pods, where.kubernetes.namespace, wait=wait)
+
+    def _waits(self, plan: Plan, compute: Compute, unit: str, address: str, folder: str, pods: int) -> PodTrigger:
+        cluster, now = self.planner.platform.kubernetes, time.time()
+        self._address = address
+        container = gang.make(cluster.ranks).container if pods > 1 else None
+        return PodTrigger(
+            unit=unit,
+            address=address,
+            namespace=cluster.namespace,
+            connection=cluster.connection,
+            in_cluster=None if cluster.connection else True,
+            key=plan.config.key,
+            folder=folder,
+            began=now,
+            wait_until=now + seconds(compute.wait),
+            grace=float(template.grace(compute, plan.outlive)),
+            silent=float(seconds(cluster.silent_node)),
+            pods=pods,
+            container=container or template.CONTAINER,
+        )
+
+    def _here(self, plan: Plan, trigger: PodTrigger) -> Ending:
+        """Wait in this worker; return how it ended."""
+        limit = self.operator.execution_timeout
+        if limit is not None:
+            trigger.wait_until = min(
+                trigger.wait_until, time.time() + max(limit.total_seconds() - BEFORE_TIMEOUT_S, BEFORE_TIMEOUT_S)
+            )
+        trigger.extras = self.operator.hook.conn_extras
+        event = asyncio.run(trigger.wait())
+        ending = Ending.model_validate(event["ending"])
+        plan.told["pod"] = _told(event, ending)
+        self.operator._delete(self.planner, event, ending)
+        store, ran = self.planner.store, f"{trigger.folder}/result.json"
+        if trigger.folder != plan.config.folder and store.exists(ran):
+            store.put(f"{plan.config.folder}/result.json", store.read(ran))
+        self.operator._say_end(self.context, event, ending, read_result(store, plan.config, ending))
+        return ending
+
+    def _there(self) -> list[Unit]:
+        """Return the units of this run's task and key, of whatever attempt, the newest first."""
+        runs = (self.request.run, *self.request.cleared)
+        return self.cluster.units([attempt_folder(self.request, run) for run in runs])
+
+    def _check_sources(self) -> None:
+        sources = self.planner.spec.sources.items()
+        missing = [n for n, s in sources if s.connection and not self.planner.platform.kubernetes.secret]
+        if self.request.verb == "ingest" and missing:
+            raise UserError(
+                f"source {missing[0]} needs a credential, and a pod is given none",
+                hint=f"kubernetes.secret in platform.yaml, with the URL as ORRERY_SOURCE_{missing[0].upper()}",
+            )
 
 
-def placement_arguments(where: Platform, compute: Compute, environment: str) -> dict[str, Any]:
-    """Return those of KubernetesPodOperator's arguments that a compute class decides."""
-    limits: dict[str, str] = {"memory": compute.memory}
-    if compute.gpu:
-        limits["nvidia.com/gpu"] = str(compute.gpu)
-    return {
-        "service_account_name": compute.service_account or where.kubernetes.service_account,
-        "image": compute.image or where.environments[environment].image,
-        # No CPU limit: a throttled step is slower and no safer; memory is what must not be exceeded.
-        "container_resources": k8s.V1ResourceRequirements(
-            requests={"cpu": compute.cpu, "memory": compute.memory}, limits=limits
-        ),
-        "node_selector": dict(compute.node_selector),
-        "tolerations": [_toleration(t) for t in compute.tolerations],
+class Cluster:
+    """What a worker asks of the cluster, as raw documents: to create, list and delete."""
+
+    def __init__(self, operator: PodStepOperator, planner: Planner) -> None:
+        self._operator, self._planner = operator, planner
+
+    @property
+    def client(self) -> Any:
+        """The connection's client."""
+        return self._operator.hook.api_client
+
+    def create(self, documents: list[dict[str, Any]]) -> answers.Answer | None:
+        """Create a unit's objects; return what was refused, or None."""
+        first, *others = documents
+        try:
+            made = self._ask("POST", gang.collection(first), first)
+            for document in others:
+                self._ask("POST", gang.collection(document), gang.owned(document, made))
+        except (ApiException, HTTPError) as e:
+            return _answer(e, first["metadata"]["name"])
+        return None
+
+    def units(self, folders: Iterable[str]) -> list[Unit]:
+        """Return what is there of the attempts at these folders' slots, the newest first."""
+        chosen = names.selector(dict.fromkeys(names.slot(self._planner.store.uri, f) for f in folders))
+        found = [document for kind in self._kinds() for document in self._list(kind, chosen)]
+        return list(units.found(found).values())
+
+    def delete(self, address: str, *, force: bool = False) -> None:
+        """Delete an object and all that it owns; what cannot be deleted is said, and left to the housekeeping."""
+        options = {**gang.DELETION, **({"gracePeriodSeconds": 0} if force else {})}
+        try:
+            self._ask("DELETE", address, options)
+        except (ApiException, HTTPError) as e:
+            refused = _answer(e, address)
+            if refused.kind != "absent":
+                log.warning("it cannot be deleted: %s", refused.message)
+
+    def _kinds(self) -> list[str]:
+        """Return which objects a unit of this task may be."""
+        several = self._operator.verb == "train" and any(c.pods > 1 for c in self._planner.platform.compute.values())
+        job = {"indexed-job": "Job", "pytorchjob": "PyTorchJob"}[self._planner.platform.kubernetes.ranks]
+        return ["Pod", job] if several else ["Pod"]
+
+    def _list(self, kind: str, chosen: str) -> list[dict[str, Any]]:
+        path = gang.PLACES[kind].format(self._planner.platform.kubernetes.namespace)
+        try:
+            found = self._ask("GET", path, query=[("labelSelector", chosen)])
+        except (ApiException, HTTPError) as e:
+            refused = _answer(e, f"the {kind}s of {path} cannot be listed")
+            if refused.kind == "wait":
+                raise TryAgain(refused.message) from None
+            raise UserError(refused.message, hint=refused.hint) from None
+        return [{**document, "kind": kind} for document in found.get("items") or ()]
+
+    def _ask(
+        self, method: str, path: str, body: object = None, query: list[tuple[str, str]] | None = None
+    ) -> dict[str, Any]:
+        answer = self.client.call_api(
+            path,
+            method,
+            query_params=query or [],
+            header_params=dict(JSON),
+            body=body,
+            auth_settings=["BearerToken"],
+            _preload_content=False,
+            _request_timeout=ANSWER_S,
+        )
+        return dict(json.loads(answer.data or b"{}"))
+
+
+def sentence(event: dict[str, Any], ending: Ending, result: Result) -> str:
+    """Return in one line what became of a unit: pod, node, end, exit code, memory, how long it waited."""
+    where = f" on node {event['node']}" if event["node"] else ""
+    how = "done" if result.status == "done" else ending.kind.replace("_", " ")
+    by = f" by {ending.by}" if ending.by else ""
+    parts = [f"pod {event['pod'] or event['unit']}{where}: {how}{by if how != 'done' else ''}"]
+    if ending.code is not None:
+        parts.append(f"exit code {ending.code}")
+    if event.get("memory_peak"):
+        limit = f" of {readable(event['memory_limit'])}" if event.get("memory_limit") else ""
+        parts.append(f"at most {readable(event['memory_peak'])}{limit} in use")
+    parts.append(f"{event['waited_s']:.0f} s until it ran" if event["node"] else f"{event['waited_s']:.0f} s waited")
+    return ", ".join(parts)
+
+
+def _told(event: dict[str, Any], ending: Ending) -> dict[str, Any]:
+    """Return what the ledger keeps of the pod."""
+    told = {
+        "unit": event["unit"],
+        "pod": event["pod"],
+        "node": event["node"],
+        "ended": ending.kind,
+        "by": ending.by,
+        "exit_code": ending.code,
+        "waited_s": event["waited_s"],
+        "memory_peak": event.get("memory_peak"),
+        "ran": event["folder"],
     }
+    return {k: v for k, v in told.items() if v is not None}
 
 
-def pod_arguments(where: Platform, compute: Compute, environment: str, project: str, verb: str) -> dict[str, Any]:
-    """Return KubernetesPodOperator's arguments for one step on one compute class. Each unusual one says why."""
-    cluster = where.kubernetes
-    secret = [k8s.V1EnvFromSource(secret_ref=k8s.V1SecretEnvSource(name=cluster.secret))] if cluster.secret else []
-    return {
-        "name": safe_name(f"{project}-{verb}").replace("_", "-").lower(),
-        "namespace": cluster.namespace,
-        "kubernetes_conn_id": cluster.connection,
-        "in_cluster": None if cluster.connection else True,
-        **placement_arguments(where, compute, environment),
-        "cmds": ["orrery"],
-        "labels": {"orrery/project": project, "orrery/step": verb},
-        "env_from": secret,
-        # The result document is the truth; the XCom sidecar would be a second one, and needs websocket exec.
-        "do_xcom_push": False,
-        # Another attempt has a config and a result document of its own, so it may not take up an earlier pod;
-        # the lease keeps that one from committing.
-        "durable": False,
-        # The launcher waits for the pod's end here and now, whatever Airflow's default is.
-        "deferrable": False,
-        "get_logs": True,
-        "on_finish_action": "delete_pod",
-        # 30 s of grace covers a step's clean end (SIGTERM to exit 143).
-        "termination_grace_period": 30,
-        "security_context": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
-        "automount_service_account_token": False,
-    }
+def _answer(error: ApiException | HTTPError, what: str) -> answers.Answer:
+    if isinstance(error, ApiException):
+        return answers.read(error.status or 0, error.body, what)
+    return answers.read(0, f"{type(error).__name__}: {error}", what)
 
 
-def _toleration(wanted: Toleration) -> Any:
-    return k8s.V1Toleration(toleration_seconds=wanted.seconds, **wanted.model_dump(exclude={"seconds"}))
+def _config(planner: Planner, folder: str) -> StepConfig:
+    return StepConfig.model_validate_json(planner.store.read(f"{folder}/config.json"))
+
+
+def _compute_of(planner: Planner, folder: str, otherwise: str) -> str:
+    """Return the compute class that an attempt was started on."""
+    attempt = attempts.read(planner.store, folder)
+    return attempt.compute if attempt and attempt.compute else otherwise

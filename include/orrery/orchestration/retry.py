@@ -94,14 +94,16 @@ def kind(exception: BaseException) -> Budget:
 
 
 def show(context: Any, most: Budgets, history: Sequence[Attempt], **more: str) -> None:
-    """Show the counts in Airflow's UI, as keys of the task's state store; the ledger is what is counted by.
-
-    The store outlives a clear, so the keys name the clear that they belong to.
-    """
-    generation = f"clear-{context['dag_run'].clear_number or 0}" if context else ""
+    """Show the counts in Airflow's UI, as keys of the task's state store; the ledger is what is counted by."""
     used = budgets.spent(history)
     counts = {str(name): f"{used[name]} of {most.allowed(name)}" for name in budgets.SAID}
-    for name, value in {**counts, **more}.items():
+    note(context, **counts, **more)
+
+
+def note(context: Any, **told: str) -> None:
+    """Show values as keys of the task's state store. It outlives a clear, so the keys name the one they belong to."""
+    generation = f"clear-{context['dag_run'].clear_number or 0}" if context else ""
+    for name, value in told.items():
         try:
             context["task_state_store"].set(f"{generation}.{name}", value)
         except Exception as e:  # only to look at; `dag.test()` has none
