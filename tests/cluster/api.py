@@ -331,6 +331,9 @@ class Cluster:
         if limit and len(found) > first + limit:
             meta |= {"continue": str(first + limit), "remainingItemCount": len(found) - first - limit}
         items = found[first : first + limit] if limit else found[first:]
+        if "." not in kind.group or kind.group.endswith(".k8s.io"):
+            # In a list of the API's own kinds an object does not say what it is; one of a custom kind does.
+            items = [{k: v for k, v in item.items() if k not in ("kind", "apiVersion")} for item in items]
         return {"kind": f"{kind.name}List", "apiVersion": kind.api_version, "metadata": meta, "items": items}
 
     async def _watch(self, request: web.Request, kind: Kind, namespace: str, match: Match) -> web.StreamResponse:

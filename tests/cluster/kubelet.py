@@ -121,8 +121,9 @@ class Container:
                     raise
                 return 137 if e.args == ("SIGKILL",) else 143
         assert self.process is not None and self.pumped is not None
-        code = await self.process.wait()
+        await _exited(self.process.pid)  # asyncio's own wait is for the end of the output too, which a child may hold
         _kill_marked(self.identity)
+        code = await self.process.wait()
         await self.pumped
         return 128 - code if code < 0 else code
 
@@ -613,6 +614,21 @@ def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
+
+
+async def _exited(pid: int) -> None:
+    """Wait for the end of a process, not for its output's."""
+    loop, over = asyncio.get_running_loop(), asyncio.Event()
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    loop.add_reader(handle, over.set)
+    try:
+        await over.wait()
+    finally:
+        loop.remove_reader(handle)
+        os.close(handle)
 
 
 def _catches(pid: int, number: int) -> bool:
