@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from orrery.attempts import VANISHED
 from orrery.contract import Result, Status, StepConfig, StepError
+from orrery.errors import TRY_AGAIN
 
 Kind = Literal[
     "exited",  # by itself, with `code`
@@ -56,6 +57,8 @@ def without_result(ending: Ending, config: StepConfig) -> Result:
     if ending.kind == "exited" and ending.code == 143:
         ending = ending.model_copy(update={"kind": "interrupted"})
     status, kind = JUDGED[ending.kind]
+    if ending.kind == "exited" and ending.code == TRY_AGAIN:
+        status = "try_again"  # it could not reach the store, and so could not write that down either
     code = "" if ending.code is None else f"exit code {ending.code}"
     how = ending.message or f"{config.verb} {config.key} left no result ({code or ending.kind})"
     return Result(status=status, error=StepError(kind=kind, message=how, hint=ending.hint, details=_details(ending)))

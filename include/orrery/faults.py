@@ -39,9 +39,10 @@ SIGNALLED = (*MOMENTS, "grace")
 
 @dataclass(frozen=True)
 class How:
-    """One kind of fault: what it does, its options beside `partition` and `times`, and the one that it needs."""
+    """One kind of fault: what it does, how an attempt ends by it, its own options, and what it needs of them."""
 
     does: str
+    ends: str
     options: tuple[str, ...] = ()
     needs: str = ""
 
@@ -57,29 +58,36 @@ class How:
 
 
 MOMENT = "a moment: step=120, time=30s or random=1/600s"
+TOLD = "SIGTERM, the class's grace, SIGKILL"
 # In the order in which a cluster meets them: at create, in the scheduler, at the kubelet, while the step runs.
 KINDS: dict[Kind, How] = {
-    "quota": How("the namespace's quota is used up: the launch waits, at most the class's `wait`", ("for", "wait")),
-    "unschedulable": How("no node has room: the launch waits, at most the class's `wait`", ("for", "wait")),
-    "image": How("the image cannot be pulled: the step ends 64 at once"),
-    "config": How("the pod's Secret is not there: the step ends 64 at once"),
-    "preempt": How("its spot node is shut down: SIGTERM, the class's `grace`, SIGKILL", SIGNALLED, MOMENT),
-    "evict": How("its node is drained: SIGTERM, the class's `grace`, SIGKILL", SIGNALLED, MOMENT),
-    "taint": How("its node is tainted NoExecute: SIGTERM, the class's `grace`, SIGKILL", SIGNALLED, MOMENT),
-    "delete": How("somebody deletes its pod: SIGTERM, the class's `grace`, SIGKILL", SIGNALLED, MOMENT),
-    "oom": How("it uses more memory than the class has: SIGKILL", MOMENTS, MOMENT),
-    "node_lost": How("its machine loses power: SIGKILL, and nobody saw its end", MOMENTS, MOMENT),
-    "deadline": How("it takes longer than the class's `timeout`: SIGTERM, `grace`, SIGKILL", SIGNALLED, MOMENT),
-    "store": How("the store does not answer the step", (*MOMENTS, "for"), f"{MOMENT}; and for=10s"),
-}
+    "quota": How("its namespace's quota is used up, the launch waits", "starts, or 75 (Unplaced)", ("for", "wait")),
+    "unschedulable": How("no node has room, the launch waits", "starts, or 75 (Unplaced)", ("for", "wait")),
+    "image": How("its image is not there", "64 (ImageError)"),
+    "config": How("its Secret is not there", "64 (PodConfigError)"),
+    "preempt": How(f"its spot node is shut down: {TOLD}", "interrupted", SIGNALLED, MOMENT),
+    "evict": How(f"its node is drained: {TOLD}", "interrupted", SIGNALLED, MOMENT),
+    "taint": How(f"its node is tainted NoExecute: {TOLD}", "interrupted", SIGNALLED, MOMENT),
+    "delete": How(f"somebody deletes its pod: {TOLD}", "interrupted, killed: lost", SIGNALLED, MOMENT),
+    "oom": How("it needs more memory than its class has: SIGKILL", "bug (OutOfMemory)", MOMENTS, MOMENT),
+    "node_lost": How("its machine loses power: SIGKILL", "interrupted (NodeLost)", (*MOMENTS, "for"), MOMENT),
+    "deadline": How(
+        f"it takes longer than its class's timeout: {TOLD}", "interrupted, killed: bug (DeadlineExceeded)",
+        SIGNALLED, MOMENT,
+    ),
+    "store": How(
+        "its store does not answer", "done, or 75: what it reads and commits fails, a checkpoint may",
+        (*MOMENTS, "for"), f"{MOMENT}; and for=10s",
+    ),
+}  # fmt: skip
 OPTIONS = {
     "step": "once that optimiser step is done, of train and trial (step=120)",
     "time": "so long after its process has started (time=30s)",
     "random": "at random, so often on average, each attempt anew (random=1/600s)",
     "seed": "of the random moments; 0 when not given (seed=7)",
-    "for": "how long it lasts (for=20s); a wait without it never ends by itself",
-    "wait": "instead of the class's `wait`, for the impatient (wait=5s)",
-    "grace": "instead of the class's `grace`, from SIGTERM to SIGKILL (grace=2s)",
+    "for": "how long it lasts (for=20s); a wait without it never ends by itself, a lost machine is noticed at once",
+    "wait": "instead of the class's wait, for the impatient (wait=5s)",
+    "grace": "instead of the class's grace, from SIGTERM to SIGKILL (grace=2s)",
     "partition": "on that partition or window alone (partition=2013-07)",
     "times": "how many attempts of a run's task and partition it befalls; 1 when not given, with `random` all",
 }

@@ -1,36 +1,25 @@
-"""The language of faults as a table, for people."""
+"""The language of faults as tables, for people."""
 
 from __future__ import annotations
 
+from rich import box
 from rich.table import Table
 
-from orrery.endings import JUDGED
-from orrery.faults import EVERY, KINDS, MOMENTS, OPTIONS
-from orrery.twin import SAYS
+from orrery.faults import KINDS, MOMENTS, OPTIONS
 
 
 def kinds() -> Table:
     """Return what there is to rehearse."""
-    table = Table(
-        "kind", "what it does", "options", "how an attempt without a result ends", title="STEP: KIND@OPTION=VALUE,…; …"
-    )
+    table = Table("kind", "what it does to a step", "the attempt ends", "options", box=box.SIMPLE_HEAD)
     for name, how in KINDS.items():
-        moment = [" | ".join(f"{m}=" for m in MOMENTS)] if how.while_it_runs else []
-        mine = [f"{option}=" for option in how.options if option not in MOMENTS]
-        table.add_row(name, how.does, ", ".join([*moment, *mine]), _ends(name))
+        mine = [option for option in how.options if option not in MOMENTS]
+        table.add_row(name, how.does, how.ends, ", ".join([*(["moment"] if how.while_it_runs else []), *mine]))
     return table
 
 
-def _ends(kind: str) -> str:
-    if kind not in SAYS:
-        return "as the step does: 75, tried again"
-    status, called = JUDGED[SAYS[kind][0]]
-    return f"{status} ({called})"
-
-
 def options() -> Table:
-    """Return the options; those of all kinds last."""
-    table = Table("option", "what it says", title="OPTIONS")
+    """Return the options."""
+    table = Table("option", "what it says", box=box.SIMPLE_HEAD)
     for name, text in OPTIONS.items():
-        table.add_row(f"{name}=", text + (" (of every kind)" if name in EVERY else ""))
+        table.add_row(name, f"moment: {text}" if name in MOMENTS else text)
     return table

@@ -1,8 +1,9 @@
 """The laptop's twin of a cluster: a step as a process here, which meets what a cluster does to pods. Light.
 
-What `faults` describe is done to the true process by the true signals; what a kubelet or a scheduler would have said
-of it is the `Ending`. So results, causes, budgets and decisions are those of a pod. What befalls an attempt is written
-into its document first: the next attempt, of whichever process, is not hit again, and the ledger keeps it.
+What `faults` describe is done to the true process by the true signals, and what a cluster would tell of its pod is
+given to the judge of real pods (`cluster.rehearsed`). So results, causes, budgets and decisions are those of a pod.
+What befalls an attempt is written into its document first: the next attempt, of whichever process, is not hit again,
+and the ledger keeps it.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from orrery import attempts
+from orrery import attempts, lastwords
+from orrery.cluster.rehearsed import Pod
 from orrery.contract import StepConfig
-from orrery.endings import Ending, Kind
-from orrery.faults import KINDS, VARIABLE, Fault
+from orrery.endings import Ending
+from orrery.errors import INTERRUPTED
+from orrery.faults import KINDS, Fault
 from orrery.goodput import OFTEN
 from orrery.local import LocalProcess
 from orrery.plan import Plan
@@ -30,27 +33,8 @@ from orrery.store import OUTAGE, Store
 
 log = logging.getLogger("orrery.twin")
 LOOK_S = 0.05
-MEASURE_S = 1.0
-GRACE_S = 30.0  # Kubernetes' own, where the class says nothing and the step needs no more
-INTERRUPTED, KILLED = 143, 137
-# What a cluster says of each: the ending's kind, who ended it in Kubernetes' words, and a sentence.
-SAYS: dict[str, tuple[Kind, str, str]] = {
-    "image": ("image", "ErrImagePull", 'Failed to pull image "{image}": not found'),
-    "config": ("config", "CreateContainerConfigError", 'secret "rehearsal" not found'),
-    "preempt": ("interrupted", "TerminationByKubelet", "Pod was terminated in response to imminent node shutdown."),
-    "evict": ("interrupted", "EvictionByEvictionAPI", "Eviction API: evicting"),
-    "taint": ("interrupted", "DeletionByTaintManager", "Taint manager: deleting due to NoExecute taint"),
-    "delete": ("gone", "", "its pod was deleted"),
-    "oom": ("out_of_memory", "OOMKilled", "killed for want of memory: the limit is {limit}, it used {use}"),
-    "node_lost": ("node_lost", "NodeNotReady", "its node is silent"),
-    "deadline": ("deadline", "DeadlineExceeded", "Pod was active on the node longer than the specified deadline"),
-    "quota": (
-        "unplaced", "exceeded quota",
-        "exceeded quota: rehearsal, requested: requests.memory={limit}, used: requests.memory=0, "
-        "limited: requests.memory=0",
-    ),
-    "unschedulable": ("unplaced", "Unschedulable", "0/1 nodes are available: 1 Insufficient memory."),
-}  # fmt: skip
+WORDS, AWAY = "last-words", "store-is-away"  # files in a folder of the rehearsal's own
+LEAST_GRACE_S, ENDING_S = 30.0, 3.0  # as a pod is given them, see `cluster.template.grace`
 
 
 @dataclass
@@ -72,11 +56,12 @@ class Twin:
         running = [f for f in due if f.how.while_it_runs]
         if not running:
             return self.local(plan)
-        with _prepared(plan, running) as outage, Scene(self, plan, book, running, outage) as scene:
+        with _prepared(plan, running) as folder, Scene(self, plan, book, running, folder) as scene:
             code = self.local(plan)
+            words = scene.words
         for fault in scene.open:
             self.say(f"rehearsal: {fault.text} has not come: the step ended before")
-        return code if scene.fatal is None else self._ending(scene.fatal, plan, code, scene.used)
+        return code if scene.fatal is None else self._ending(scene.fatal, plan, code, words)
 
     def stop(self) -> None:
         """End the step, or the wait for its place. Safe at any time, from any thread."""
@@ -86,36 +71,33 @@ class Twin:
     def _keep_back(self, fault: Fault, plan: Plan, book: Book) -> Ending | None:
         """Keep a step from starting: for a while, for good, or for as long as its class waits."""
         book.record(fault)
-        ending = self._ending(fault, plan)
+        pod = self._pod(plan)
         if not fault.how.waits:
-            self.say(f"rehearsal: {fault.text}: {ending.by}: {ending.message}")
-            return ending
+            ending = pod.held(fault.kind)
+            self.say(f"rehearsal: {fault.text}: {ending.message}")
+            return _marked(ending, fault)
         longest = fault.wait if fault.wait is not None else float(seconds(self.compute(plan).wait))
         lasts = longest if fault.lasts is None else fault.lasts
-        self.say(f"rehearsal: {fault.text}: waits for its place, at most {longest:.0f} s: {ending.message}")
+        words, ending = (pod.refused if fault.kind == "quota" else pod.waits)(longest)
+        self.say(f"rehearsal: {fault.text}: waits, at most {longest:.0f} s: {words}")
         if self._stopped.wait(min(lasts, longest)):
-            return Ending(kind="exited", code=INTERRUPTED, message="told to stop while it waited for its place")
+            return Ending(kind="exited", code=INTERRUPTED, message="was told to stop while it waited to be placed")
         if lasts >= longest:
-            return ending.model_copy(update={"message": f"no place within {longest:.0f} s: {ending.message}"})
+            return _marked(ending, fault)
         self.say(f"rehearsal: {fault.text}: there is room now")
         return None
 
-    def _ending(self, fault: Fault, plan: Plan, code: int | None = None, used: int = 0) -> Ending:
-        kind, by, message = SAYS[fault.kind]
-        compute = self.compute(plan)
-        environment = self.platform.environments.get(plan.verb.environment)
-        image = compute.image or (environment.image if environment else plan.verb.environment)
+    def _ending(self, fault: Fault, plan: Plan, code: int, words: str) -> Ending:
+        """Return what a cluster would have made of it. A lost machine is noticed after the time that the fault says."""
+        pod = self._pod(plan)
         if fault.kind == "node_lost":
-            code = None  # nobody saw it
-        elif code is not None and code < 0:
-            code = 128 - code
-        return Ending(
-            kind=kind,
-            message=message.format(image=image, limit=compute.memory, use=f"{used / 2**20:,.0f}Mi"),
-            hint=f"this was a rehearsal: {fault.text} ({VARIABLE}, or the run's param)",
-            code=code,
-            by=by,
-        )
+            self._stopped.wait(fault.lasts or 0.0)
+            return _marked(pod.lost(fault.lasts or 0.0), fault)
+        return _marked(pod.ended(fault.kind, 128 - code if code < 0 else code, words), fault)
+
+    def _pod(self, plan: Plan) -> Pod:
+        compute, environment = self.compute(plan), self.platform.environments.get(plan.verb.environment)
+        return Pod(plan.config, compute, compute.image or (environment.image if environment else plan.verb.environment))
 
     def compute(self, plan: Plan) -> Compute:
         """Return the compute class of a plan; one that platform.yaml does not name is the default one."""
@@ -126,7 +108,13 @@ class Twin:
         if fault.grace is not None:
             return fault.grace
         given = self.compute(plan).grace
-        return float(seconds(given)) if given else max(GRACE_S, plan.outlive)
+        return float(seconds(given)) if given else max(LEAST_GRACE_S, math.ceil(plan.outlive) + ENDING_S)
+
+
+def _marked(ending: Ending, fault: Fault) -> Ending:
+    """Return an ending that says that it was rehearsed."""
+    told = f"this was a rehearsal: {fault.text}"
+    return ending.model_copy(update={"hint": "\n  → ".join(filter(None, (told, ending.hint)))})
 
 
 def launcher(
@@ -167,28 +155,36 @@ def _injected(store: Store, folder: str) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def _prepared(plan: Plan, running: list[Fault]) -> Iterator[Path]:
-    """Let the step hear of an outage of its store by a file, and tell how far it is as often as the faults need."""
+    """Let the step write its last words, hear of an outage by a file, and tell how far it is as often as is needed."""
     with tempfile.TemporaryDirectory(prefix="orrery-twin-") as folder:
-        outage = Path(folder) / "outage"
+        here = Path(folder)
+        plan.environment[lastwords.VARIABLE] = str(here / WORDS)
         if any(f.kind == "store" for f in running):
-            plan.environment[OUTAGE] = str(outage)
+            plan.environment[OUTAGE] = str(here / AWAY)
         if any(f.step is not None for f in running):
             plan.environment[OFTEN] = str(LOOK_S)
-        yield outage
+        yield here
 
 
 class Scene:
     """A thread beside the running step that does to it what is due. One of them ends the step: `fatal`."""
 
-    def __init__(self, twin: Twin, plan: Plan, book: Book, faults: list[Fault], outage: Path) -> None:
-        self.twin, self.plan, self.book, self.outage = twin, plan, book, outage
+    def __init__(self, twin: Twin, plan: Plan, book: Book, faults: list[Fault], folder: Path) -> None:
+        self.twin, self.plan, self.book, self.folder = twin, plan, book, folder
         self.open = list(faults)  # what has not come yet
         self.fatal: Fault | None = None
-        self.used = 0  # bytes of memory, the most that was seen
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="twin", daemon=True)
-        self._began = self._measured = 0.0
+        self._began = 0.0
         self._until = self._kill = math.inf  # the end of an outage; of the grace
+
+    @property
+    def words(self) -> str:
+        """What the step said last of itself, as a kubelet keeps it: the memory that it used."""
+        try:
+            return (self.folder / WORDS).read_text(errors="replace")
+        except OSError:
+            return ""
 
     def __enter__(self) -> Scene:
         self._thread.start()
@@ -204,7 +200,6 @@ class Scene:
                 continue
             now = time.monotonic()
             self._began = self._began or now
-            self._measure(now)
             if now >= self._until:
                 self._answer()
             if now >= self._kill:
@@ -226,12 +221,11 @@ class Scene:
         self.book.record(fault)
         self.twin.say(f"rehearsal: {fault.text}: {fault.how.does}")
         if fault.kind == "store":
-            self.outage.touch()
+            (self.folder / AWAY).touch()
             self._until = now + (fault.lasts or 0.0)
             return
         self.fatal = fault
         if fault.kind in ("oom", "node_lost"):
-            self._measure(now, surely=True)
             self.twin.local.kill()
         else:
             self.twin.local.tell()
@@ -239,29 +233,5 @@ class Scene:
 
     def _answer(self) -> None:
         self._until = math.inf
-        self.outage.unlink(missing_ok=True)
+        (self.folder / AWAY).unlink(missing_ok=True)
         self.twin.say("rehearsal: the store answers again")
-
-    def _measure(self, now: float, surely: bool = False) -> None:
-        """Look how much memory the step uses, now and then."""
-        pid = self.twin.local.pid
-        if pid is not None and (surely or now - self._measured >= MEASURE_S):
-            self._measured = now
-            self.used = max(self.used, memory(pid))
-
-
-def memory(session: int) -> int:
-    """Return how many bytes of memory, without mapped files, the processes of a session use (Linux; elsewhere 0)."""
-    total = 0
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if int((folder / "stat").read_text().rpartition(")")[2].split()[3]) == session:
-                total += _anonymous((folder / "status").read_text())
-        except (OSError, ValueError, IndexError):
-            continue  # it has ended meanwhile
-    return total
-
-
-def _anonymous(status: str) -> int:
-    kilobytes = (line.split()[1] for line in status.splitlines() if line.startswith("RssAnon:"))
-    return 1024 * sum(map(int, kilobytes))
