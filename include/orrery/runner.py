@@ -18,7 +18,7 @@ from orrery import attempts, bundle, goodput
 from orrery.attempts import Attempt
 from orrery.contract import Result, StepConfig, StepError
 from orrery.endings import Ending, judged, without_result
-from orrery.errors import Interrupted, OrreryError, TryAgain, UserError
+from orrery.errors import TRY_AGAIN, Interrupted, OrreryError, TryAgain, UserError
 from orrery.lease import Lease
 from orrery.ledger import KEPT, Entry, Kind, Ledger, unfinished
 from orrery.plan import Plan, Planner, Request, attempt_folder, safe_name
@@ -160,7 +160,9 @@ def read_result(store: Store, config: StepConfig, end: int | Ending) -> Result:
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     hint = "often out of memory: look at the machine's log" if code == -9 else "see its log above"
     error = {"kind": "StepVanished", "message": f"{config.verb} {config.key} left no result ({how})", "hint": hint}
-    return Result.model_validate({"status": "interrupted" if code in (143, -15) else "bug", "error": error})
+    # 75: it could not reach the store, and so could not write that down either.
+    status = "interrupted" if code in (143, -15) else "try_again" if code == TRY_AGAIN else "bug"
+    return Result.model_validate({"status": status, "error": error})
 
 
 def raise_for(plan: Plan, result: Result) -> None:
