@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import BaseModel, ConfigDict, Field
 
 from orrery.endings import Ending, Kind
 
@@ -52,6 +52,8 @@ PASSES = re.compile(
     r"|is reserved for|RegistryUnavailable",
     re.IGNORECASE,
 )
+# What the kubelet says between two tries to pull, before 1.31 without the reason.
+HOLDS_BACK = re.compile(r'Back-off pulling image "[^"]*"')
 OWN_DISK = re.compile(r"exceeds the (total )?limit", re.IGNORECASE)
 # Ready goes False for these without the node being silent.
 NOT_SILENT = frozenset({"ContainersNotReady", "ReadinessGatesNotReady", "PodCompleted", "PodFailed"})
@@ -86,7 +88,7 @@ class Member(BaseModel):
     unplaced: str = Field("", description="The scheduler's words.")
     holds: str = Field("", description="What the container, or one before it, waits for: the reason.")
     held: str = Field("", description="The kubelet's words on that.")
-    pull: str = Field("", description="Why the image could not be pulled, of all that was told the most telling.")
+    pull: str = Field("", description="Why the image could not be pulled, the last that was told.")
     code: int | None = None
     reason: str = Field("", description="The container's: OOMKilled, Error, Completed, StartError, …")
     words: str = Field("", description="The container's termination message.")
@@ -188,7 +190,7 @@ class Member(BaseModel):
             if _text(held := _dict(_dict(before, "state"), "waiting"), "reason") in IMAGE | PULL | CONFIG:
                 waits = held
         self.holds, self.held = _text(waits, "reason"), _text(waits, "message")
-        if self.holds in IMAGE | PULL and len(self.held) > len("Back-off pulling image") + len(self.image) + 4:
+        if self.holds in PULL and self.held and not HOLDS_BACK.fullmatch(self.held):
             self.pull = self.held
         if self.phase == "Succeeded" and self.code is None:
             self.code = 0
@@ -273,9 +275,10 @@ class Member(BaseModel):
             return self._made("unplaced", f"was refused by its node: {self._status()}", self.status_reason)
         if self.reason in NOT_STARTED:
             return self._made("config", f"could not be started: {self.words or self.reason}", self.reason, CONFIGURE)
-        if self.silent_at is not None or self.reason == "ContainerStatusUnknown" or REFUSED.match(self.status_reason):
-            by = self.reason or self.status_reason
-            return self._made("node_lost", "was lost with its node", by if self.silent_at is None else "NodeNotReady")
+        silent = self.silent_at is not None and self.code is None
+        if silent or self.reason == "ContainerStatusUnknown" or REFUSED.match(self.status_reason):
+            by = "NodeNotReady" if silent else self.reason or self.status_reason
+            return self._made("node_lost", "was lost with its node", by)
         if self.code is None and self.gone:
             by = "deleted" if self.deleted_at is not None else ""
             return self._made("gone", "is gone: somebody removed it" if by else "is gone, without a word why", by)
@@ -366,7 +369,6 @@ class Seen(BaseModel):
     since: float | None = Field(None, description="When it was first looked at.")
     members: dict[str, Member] = Field(default_factory=dict, description="By uid.")
     known: Ending | None = Field(None, description="The best known end so far.")
-    _told: str = PrivateAttr("")
 
     def update(self, pod: Mapping[str, Any], now: float) -> None:
         """Take in a pod of the unit as it is now."""
@@ -385,7 +387,7 @@ class Seen(BaseModel):
         meta = _dict(pod or {}, "metadata")
         key = _text(meta, "uid") or self._key(name or _text(meta, "name"))
         if key not in self.members:
-            if self.pods == 1 and any(not m.gone for m in self.members.values()) and pod:
+            if self.pods == 1 and self.members:
                 return  # an earlier one of the same name
             self.members[key] = Member(seen_at=now, name=name)
         member = self.members[key]
@@ -428,9 +430,10 @@ class Seen(BaseModel):
     def due(self, now: float, *, wait_until: float, grace: float, silent: float) -> float | None:
         """Return when to ask `ending` again although nothing has changed; None: no need to."""
         times = [m.due(now, wait_until, silent) for m in self.members.values()]
-        if len(self.members) < self.pods:
+        patience = self._patience(grace)
+        if len(self.members) < self.pods and patience is None:
             times.append(wait_until)
-        times.append(self._patience(grace))
+        times.append(patience)
         return min((t for t in times if t is not None), default=None)
 
     def _judge(self, now: float, wait_until: float, grace: float, silent: float) -> Ending | None:
@@ -444,10 +447,13 @@ class Seen(BaseModel):
         for member, end in broken:
             if not member.ended:
                 return end  # it will never run, or is lost: the others wait for it in vain
+        if len(ends) == self.pods and not broken:
+            return ends[0][1]
         patience = self._patience(grace)
-        if broken and ((leader is not None and leader.ended) or (patience is not None and now >= patience)):
+        over = len(ends) == self.pods or (leader is not None and leader.ended)
+        if broken and (over or (patience is not None and now >= patience)):
             return self._first(broken)
-        if not broken and len(self.members) < self.pods and now >= wait_until:
+        if patience is None and len(self.members) < self.pods and now >= wait_until:
             return Ending(kind="unplaced", message=f"unit {self.unit}: {self.waiting()}", hint=PLACE)
         return None
 
