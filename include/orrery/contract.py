@@ -228,7 +228,7 @@ VERBS: dict[str, Verb] = {
 
 
 # How long the nodes of a training wait for each other where nobody says: machines may come minutes apart.
-PATIENCE_S = 900.0
+PATIENCE_S = 900
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,18 @@ class Node:
                 f"ORRERY_NODES={of}, ORRERY_NODE={number}, ORRERY_MASTER={master!r} do not fit together",
                 hint="a node is one of 0 to ORRERY_NODES - 1, and the master's address is host:port",
             )
-        return cls(number, of, master, float(given.get("ORRERY_PATIENCE") or PATIENCE_S))
+        return cls(number, of, master, _number(given, "ORRERY_PATIENCE", str(PATIENCE_S)))
+
+
+def refuse_uneven(processes: int, pods: int, compute: str = "") -> None:
+    """Raise `RequestError`, with both fields, when a training's processes cannot be spread evenly over its pods."""
+    if processes % pods:
+        below, where = processes // pods * pods, f"of compute class {compute!r} " if compute else ""
+        several = f"{below} or {below + pods}" if below else str(pods)
+        raise RequestError(
+            f"train.processes {processes} cannot be spread over the pods {where}({pods}): each has the same number",
+            hint=f"train.processes: {several}, or another train.compute",
+        )
 
 
 def _number(given: Mapping[str, str], name: str, otherwise: str) -> int:

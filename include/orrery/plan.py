@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from orrery import approvals, attempts, bundle, fingerprint, partitions, platform
-from orrery.contract import LOOK_BACK, VERBS, Params, Result, SourceRef, StepConfig, Verb
+from orrery.contract import LOOK_BACK, VERBS, Params, Result, SourceRef, StepConfig, Verb, refuse_uneven
 from orrery.errors import RequestError, nearest
 from orrery.ledger import Champion, Ledger
 from orrery.spec import ModelSpec, Source, load_model, seconds
@@ -119,6 +119,7 @@ class Planner:
             request = planning.within_search(self, request, packed)
         inputs = getattr(self, f"_inputs_{verb.name}", self._no_inputs)(request)
         params = self._params(verb, request, inputs)
+        self._refuse_pods(verb, request, params)
         values = params.model_dump(mode="json")
         print_ = {} if verb.effect else self.fingerprint(verb, request, packed, values, inputs)
         address = None if verb.effect or verb.observes else address_of(print_, request)
@@ -150,6 +151,19 @@ class Planner:
         """Return the compute class that a request runs on."""
         verb = VERBS[request.verb]
         return request.compute or (self.spec.train.compute if verb.name == "train" else verb.compute)
+
+    def _refuse_pods(self, verb: Verb, request: Request, params: Params) -> None:
+        """Raise `RequestError` for a compute class of several pods that the step cannot be spread over."""
+        name = self.compute_of(request)
+        compute = self.platform.compute.get(name)
+        if compute is None or compute.pods == 1:
+            return
+        if not verb.spreads:
+            raise RequestError(
+                f"{verb.name} works in one pod, and compute class {name!r} has pods: {compute.pods}",
+                hint=f"only {', '.join(v.name for v in VERBS.values() if v.spreads)} can be spread over several",
+            )
+        refuse_uneven(getattr(params, "processes", 1), compute.pods, name)
 
     def _released(self, request: Request, inputs: dict[str, tuple[Ref, ...]]) -> Result | None:
         """Return the end of a release with nothing (more) to do: refused, or promoted already."""

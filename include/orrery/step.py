@@ -28,7 +28,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from orrery import bundle, fingerprint, imports, lastwords, log
-from orrery.contract import STATUS_OF_CODE, VERBS, Result, StepConfig, StepError, Verb
+from orrery.contract import STATUS_OF_CODE, VERBS, Node, Result, StepConfig, StepError, Verb
 from orrery.errors import BUG, DONE, INTERRUPTED, Interrupted, OrreryError, RequestError, TryAgain, UserError
 from orrery.lease import Lease
 from orrery.spec import ModelSpec, load_model
@@ -41,6 +41,7 @@ class Work:
     def __init__(self, config: StepConfig, store: Store, scratch: Path) -> None:
         self.config, self.store, self.scratch = config, store, scratch
         self.verb: Verb = VERBS[config.verb]
+        self.node = Node.here(os.environ)
         self.log = log.get()
         self.address = config.address or ""
         self._attempt = f"a{config.attempt}-{os.urandom(4).hex()}"
@@ -122,7 +123,7 @@ class Work:
         """Return a local path to write the output file `name` to; the commit takes it up."""
         if name not in self._paths:
             target = self.scratch / "out" / name
-            if self.store.is_local and self.address:
+            if self.store.is_local and self.address and self.node.leads:
                 target = Path(self.store.full(f"{self.attempt_folder}/{name}"))
             with trouble(str(target)):
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -261,6 +262,13 @@ def execute(config: StepConfig, store: Store, scratch: Path, seconds: dict[str, 
         first = e.errors()[0]
         raise RequestError(f"{config.verb}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     work = Work(config, store, scratch)
+    if work.node.of > 1 and not verb.spreads:
+        raise RequestError(
+            f"{config.verb} cannot be spread over {work.node.of} pods", hint="a compute class with one pod"
+        )
+    if not work.node.leads:
+        with _timed(seconds):
+            return _along(work, verb, params)
     if config.address and (found := work.committed()) is not None:
         return _again(work, found)
     if verb.effect:
@@ -287,6 +295,14 @@ def execute(config: StepConfig, store: Store, scratch: Path, seconds: dict[str, 
         seconds["commit"] = time.monotonic() - began
     result.output, result.digest = manifest.path, manifest.digest
     return result
+
+
+def _along(work: Work, verb: Verb, params: Any) -> Result:
+    """Do the part of a node that does not lead: without a lease, and with nothing to commit."""
+    found = work.committed()
+    if found is not None:
+        return Result(skipped=f"the same output is committed already ({found.created})")
+    return _done(work, verb, params)
 
 
 def _done(work: Work, verb: Verb, params: Any) -> Result:
@@ -387,7 +403,7 @@ def attempt(config_uri: str, result_uri: str, started: float) -> int:
     result.seconds = {k: round(v, 4) for k, v in seconds.items()}
     try:
         root, _, name = result_uri.rpartition("/")
-        Store(root).put(name, result.model_dump_json(indent=1).encode())
+        Store(root).put(_of_node(name), result.model_dump_json(indent=1).encode())
     except Exception as e:  # the result cannot be told; the exit code and the log still are
         log.get().error(f"the result could not be written to {result_uri}: {e}")
         code = code or getattr(e, "exit_code", BUG)
@@ -396,6 +412,15 @@ def attempt(config_uri: str, result_uri: str, started: float) -> int:
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     return code
+
+
+def _of_node(name: str) -> str:
+    """Return what the result document is called: `result.json`, and `result-1.json` of a node that does not lead."""
+    try:
+        node = Node.here(os.environ)
+    except RequestError:  # which is what the document tells
+        return name
+    return name if node.leads else f"{name.removesuffix('.json')}-{node.number}.json"
 
 
 def _guarded(config_uri: str, seconds: dict[str, float]) -> tuple[int, Result]:

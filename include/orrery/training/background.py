@@ -37,7 +37,7 @@ class Background:
         self._thread: threading.Thread | None = None
         self._committed, self._blocked, self._cpu = 0, 0.0, 0.0
         # Whether a thread beside the training's has a core of its own.
-        self._spare = len(os.sched_getaffinity(0)) > place.world if hasattr(os, "sched_getaffinity") else True
+        self._spare = len(os.sched_getaffinity(0)) > place.beside if hasattr(os, "sched_getaffinity") else True
 
     def wait(self, timeout: float | None = None) -> bool:
         """See `Saver.wait`."""

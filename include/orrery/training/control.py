@@ -25,6 +25,7 @@ from orrery.training.place import Place
 EVERY_S = 0.1
 BEAT_S = 1.0
 AWAY = "away"  # what a beat says of a rank that may be busy for long, with its store
+STARTS = "starts"  # of one that has not met the others yet
 
 
 class Stop(BaseException):

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel
 
-from orrery.contract import Result, TrainParams
-from orrery.errors import DataError, TryAgain, UserError
+from orrery.contract import Result, TrainParams, refuse_uneven
+from orrery.errors import DataError, SpecError, TryAgain, UserError
 from orrery.step import Work
 from orrery.training import Dataset, baseline, settings, signature, user_model
 from orrery.training.interval import Observed
@@ -40,14 +40,35 @@ class Trained:
 
 def run(work: Work, params: TrainParams) -> Result:
     """Train on the config's window. Raises `SpecError` for model.py, `DataError` for data that cannot be trained on."""
+    if not work.node.leads:
+        return _along(work, params)
     from orrery.registry import tracking
 
     with tracking.begun(work) as tracked:
         return _train(work, params, tracked)
 
 
+def _along(work: Work, params: TrainParams) -> Result:
+    """Train along with node 0, which keeps the model and tells of it: from the same data, prepared here as well."""
+    model = user_model.load(work.project_folder, work.config.project)
+    _refuse_nodes(work, model)
+    chosen = user_model.values(model, {**_tuned(work, model), **params.overrides})
+    with_workers(work, params, chosen, prepared(work, lanes(work, params.processes)), None)
+    return Result(facts={"node": work.node.number})
+
+
+def _refuse_nodes(work: Work, model: UserModel) -> None:
+    """Raise `SpecError` for a model that trains itself: it would do so on each node anew."""
+    if model.kind == "fit" and work.node.of > 1:
+        raise SpecError(
+            f"model.py's fit trains in one process, and the compute class has pods: {work.node.of}",
+            hint="a compute class with one pod, or `build` instead of `fit`",
+        )
+
+
 def _train(work: Work, params: TrainParams, tracked: Run | None) -> Result:
     model = user_model.load(work.project_folder, work.config.project)
+    _refuse_nodes(work, model)
     chosen = user_model.values(model, {**_tuned(work, model), **params.overrides})
     found = prepared(work, lanes(work, params.processes))
     work.log.info("training", model=model.kind, **found.rows, features=len(found.schema.columns))
@@ -115,6 +136,7 @@ def with_workers(
     from orrery.training import launch, worker
 
     wanted = work.spec.train
+    refuse_uneven(params.processes, work.node.of)
     numbers = settings.from_params(chosen, params.processes, wanted)
     if data.fit_rows < params.processes:
         raise DataError(f"{data.fit_rows} rows to fit on, for {params.processes} processes", hint="see train.processes")
@@ -126,7 +148,7 @@ def with_workers(
         store=work.store.uri, checkpoints=checkpoints, attempt=work.config.folder, tracked=tracked, watch=watch,
         lanes=lanes(work, params.processes), observed=Observed(params.interruptions, params.observed_s),
     )  # fmt: skip
-    report = launch.run(job, params.processes, work.scratch)
+    report = launch.run(job, params.processes, work.scratch, work.node)
     work.afterwards(lambda: work.store.remove(checkpoints))
     return numbers.numbers, report
 

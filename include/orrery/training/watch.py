@@ -3,6 +3,7 @@
 Two processes wait for each other at every step. gloo tells a rank when its peer is gone, most of the time; NCCL does
 not, and nobody tells of a peer that has hung. So each rank leaves a sign of life (`control.Control`), and this thread
 of the parent looks at them. It ends who holds the others up by SIGKILL, after which torchrun's agent ends the rest.
+Of the ranks of other nodes it sees nothing; that one of these is gone it is told (`meeting.Meeting.gone`).
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from orrery.training.control import AWAY
+from orrery.training.control import AWAY, STARTS
 
 LOOK_S = 0.5
 DEAD_S = 5.0  # what a rank has, after another one's death, to end by itself
@@ -25,10 +27,16 @@ SLOWEST = 5.0  # and at least this many times the longest time that there was be
 
 
 class Watch:
-    """Looks at the ranks' beats for the length of a `with` block; `said` tells what it did, and why."""
+    """Looks at the beats of ranks `first`, `first` + 1, … for the length of a `with` block.
 
-    def __init__(self, beats: list[Path], hung_s: float = HUNG_S) -> None:
-        self.beats, self.hung_s = beats, hung_s
+    `said` tells what it did, and why. `gone` returns a sentence when a node is lost that these ranks wait for.
+    """
+
+    def __init__(
+        self, beats: list[Path], hung_s: float = HUNG_S, *, first: int = 0, gone: Callable[[], str] | None = None
+    ) -> None:
+        self.beats, self.hung_s, self.first = beats, hung_s, first
+        self._gone = gone or (lambda: "")
         self.said = ""
         self._seen: dict[int, tuple[float, float]] = {}
         self._longest: dict[int, float] = {}
@@ -57,15 +65,18 @@ class Watch:
         while not self._end.wait(LOOK_S):
             pids = {rank: text for rank, path in enumerate(self.beats) if (text := _text(path))}
             dead = [rank for rank, text in pids.items() if not _runs(int(text.split()[0]))]
-            if dead:
+            lost = f"training process {self.first + dead[0]} is gone" if dead else self._gone()
+            if lost:
                 dead_since = dead_since or time.monotonic()
-                if time.monotonic() - dead_since > DEAD_S:
-                    self._kill(pids, f"training process {dead[0]} is gone, and the others did not end by themselves")
+                if pids and time.monotonic() - dead_since > DEAD_S:
+                    self._kill(pids, f"{lost}, and the others did not end by themselves")
                 continue
             for rank, text in pids.items():
-                if self._hung(rank, away=text.endswith(AWAY)):
+                if not text.endswith(STARTS) and self._hung(rank, away=text.endswith(AWAY)):
                     since = time.monotonic() - self._seen[rank][1]
-                    self._kill(pids, f"training process {rank} has hung: no sign of life for {since:.0f} s")
+                    self._kill(
+                        pids, f"training process {self.first + rank} has hung: no sign of life for {since:.0f} s"
+                    )
                     break
 
     def _hung(self, rank: int, *, away: bool) -> bool:

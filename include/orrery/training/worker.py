@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,16 +23,16 @@ import torch
 import torch.distributed as dist
 
 from orrery import log, parent
-from orrery.errors import INTERRUPTED, OrreryError
+from orrery.errors import BUG, INTERRUPTED, OrreryError, RankLost
 from orrery.registry.tracking import Live
 from orrery.spec import Checkpoint, seconds
 from orrery.store import Store
 from orrery.training import Dataset, calibration, export, strategies, tensors, user_model
 from orrery.training.checkpoints import Checkpoints
-from orrery.training.control import Control, Signals, Stop
+from orrery.training.control import STARTS, Control, Signals, Stop
 from orrery.training.interval import Observed, Schedule
 from orrery.training.network import Head, Inputs, Network
-from orrery.training.place import Place
+from orrery.training.place import Place, Span
 from orrery.training.prepare import Prepared
 from orrery.training.progress import Reporter
 from orrery.training.saving import ShardedSaver
@@ -46,6 +47,8 @@ Watch: TypeAlias = Callable[[int, dict[str, float]], bool]
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 CALIBRATED_ROWS = 2_000_000  # of the tune part, at most; two numbers are fitted on them
 STOPPED = "stopped.json"
+# How gloo, NCCL and torch's store say that they have lost the other side.
+LOST = re.compile(r"gloo/|NCCL|TCPStore|Connection (closed|reset) by peer|Broken pipe")
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Job:
     tracked: Run | None = None  # in MLflow
     # Asked on rank 0 after each epoch (its number from 0, its losses): True stops the training, without a model.
     watch: Watch | None = None
+    span: Span | None = None  # none: all processes are on this node
 
     def beat(self, rank: int) -> Path:
         """Return the file by which a rank shows that it is alive."""
@@ -80,6 +84,11 @@ class Job:
         """Return the file in which a rank tells its error: kind, message, hint."""
         return self.scratch / f"error-{rank}.json"
 
+    @property
+    def told(self) -> str:
+        """The folder in the store in which ranks tell their errors to other nodes; rank 0's node tells them all."""
+        return f"{self.attempt}/errors"
+
 
 def main(job: Job) -> dict[str, Any]:
     """Do this process's part. Rank 0 returns what is known of the fit; a user's mistake comes back as `error`."""
@@ -88,12 +97,13 @@ def main(job: Job) -> dict[str, Any]:
     parent.follow(os.getppid())  # a step that is killed must not leave its ranks training
     if not structlog.is_configured():
         log.configure()
-    place = Place(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    place = _place(job)
     device = _device(place)
     deterministic(device)
-    if place.world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
     try:
+        if place.world > 1:
+            job.beat(place.rank).write_text(f"{os.getpid()} {STARTS}")
+            _meet(job, place, device)
         return _train(job, place, device, signals)
     except Stop:
         # What is returned is waited for until torchrun's agent has read it, which it does not when it is stopping.
@@ -101,9 +111,14 @@ def main(job: Job) -> dict[str, Any]:
     except OrreryError as e:
         # Written and returned, not raised: torchrun would print a traceback. A mistake may come on one rank only, and
         # the others then end by losing it.
-        told = [type(e).__name__, e.message, e.hint]
-        job.error(place.rank).write_text(json.dumps(told))
-        return {"error": told}
+        return {"error": _tell(job, place, e)}
+    except Exception as e:
+        if job.span is not None:
+            _tell(job, place, _seen_from_afar(e))
+            if LOST.search(str(e)):
+                job.beat(place.rank).unlink(missing_ok=True)
+                os._exit(BUG)  # at once: a collective that has lost its peer may never let go
+        raise
     finally:
         job.beat(place.rank).unlink(missing_ok=True)
         if place.world > 1:
@@ -111,10 +126,50 @@ def main(job: Job) -> dict[str, Any]:
                 dist.destroy_process_group()
 
 
+def _place(job: Job) -> Place:
+    """Return which process this is. On several nodes torchrun counts this node's alone, and is corrected here."""
+    if job.span is None:
+        return Place(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    place = job.span.place(int(os.environ["RANK"]))
+    known = {"RANK": place.rank, "WORLD_SIZE": place.world, "MASTER_ADDR": job.span.host, "MASTER_PORT": job.span.port}
+    os.environ.update({name: str(value) for name, value in known.items()})  # DeepSpeed asks for them
+    return place
+
+
+def _meet(job: Job, place: Place, device: torch.device) -> None:
+    """Form the process group of all ranks."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if job.span is None:
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        return
+    store = dist.TCPStore(
+        job.span.host, job.span.port, is_master=place.rank == 0, timeout=COLLECTIVE_TIMEOUT, wait_for_workers=False
+    )
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=COLLECTIVE_TIMEOUT)
+
+
+def _tell(job: Job, place: Place, error: OrreryError) -> list[str]:
+    """Write down what ended this rank: for its own node, and before it goes for the others, which will only lose it."""
+    told = [type(error).__name__, error.message, error.hint]
+    job.error(place.rank).write_text(json.dumps(told))
+    if job.span is not None and job.attempt and not isinstance(error, RankLost):
+        with contextlib.suppress(OrreryError, OSError):  # then node 0 knows no more than that it has lost a rank
+            Store(job.store).put(f"{job.told}/{place.rank}.json", json.dumps(told).encode())
+    return told
+
+
+def _seen_from_afar(error: Exception) -> OrreryError:
+    """Return what an error means to the other nodes: a lost peer is not this rank's doing."""
+    said = f"{type(error).__name__}: {str(error)[:2000]}"
+    if LOST.search(said):
+        return RankLost(f"a process of another node was lost ({said.splitlines()[0]})")
+    return OrreryError(said)
+
+
 def _device(place: Place) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", place.rank % torch.cuda.device_count())
+    device = torch.device("cuda", place.local % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
 
@@ -153,7 +208,7 @@ def _train(job: Job, place: Place, device: torch.device, signals: Signals) -> di
             with user_model.told("training", only_theirs=True):
                 fitted = trainer.fit(*parts)
         except Stop:
-            if place.rank == 0:
+            if place.local == 0:  # one on each node
                 (job.scratch / STOPPED).write_text(json.dumps(reporter.progress().model_dump(mode="json")))
             raise
         finally:
