@@ -176,12 +176,13 @@ async def _refuse(answer: aiohttp.ClientResponse) -> None:
     """Raise `ApiException`, with the server's own words, for an answer that is none."""
     if 200 <= answer.status < 300:
         return
-    text = (await answer.text(errors="replace"))[:10_000]
+    body = (await answer.text(errors="replace"))[:10_000]
+    words = body or answer.reason
     with contextlib.suppress(ValueError):
-        told = json.loads(text)
-        text = str(told.get("message") or text) if isinstance(told, dict) else text
-    error = ApiException(status=answer.status, reason=text or answer.reason)
-    error.headers = answer.headers
+        told = json.loads(body)
+        words = str(told.get("message") or words) if isinstance(told, dict) else words
+    error = ApiException(status=answer.status, reason=words)
+    error.body, error.headers = body, answer.headers  # type: ignore[assignment]  # as the client's own has them
     raise error
 
 
