@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from orrery import attempts, bundle, goodput
 from orrery.attempts import Attempt
-from orrery.contract import Result, StepConfig, StepError
+from orrery.contract import STATUS_OF_CODE, Result, StepConfig, StepError
 from orrery.endings import Ending, judged, without_result
 from orrery.errors import TRY_AGAIN, Interrupted, OrreryError, TryAgain, UserError
 from orrery.lease import Lease
@@ -90,8 +90,13 @@ def _carry(planner: Planner, request: Request, launch: Launcher, started: Callab
         started(plan)
     try:
         code = launch(plan)
-    except (OrreryError, GoesOn):
-        raise  # it was not even started, or has not ended
+    except GoesOn:
+        raise
+    except OrreryError as e:  # it was not even started
+        refused = _refused(e)
+        _record(planner, request, plan, refused, _ended(planner, plan, attempt, refused, clock))
+        e.details.setdefault("config", f"{plan.config.folder}/config.json")  # it is on record: nobody else need do it
+        raise
     except BaseException as e:  # a timeout, or a key pressed
         stopped = _stopped(e)
         _record(planner, request, plan, stopped, _ended(planner, plan, attempt, stopped, clock))
@@ -127,6 +132,12 @@ def _begun(planner: Planner, request: Request) -> Attempt:
 def _ended(planner: Planner, plan: Plan, attempt: Attempt, result: Result, clock: float) -> Attempt:
     progress = attempts.progress_of(planner.store, plan.config.folder)
     return attempts.ended(attempt, result, progress, time.monotonic() - clock, plan.told)
+
+
+def _refused(error: OrreryError) -> Result:
+    """Return how an attempt ended that no process was started for: on record, it is not taken for a lost one."""
+    told = StepError(kind=type(error).__name__, message=error.message, hint=error.hint)
+    return Result(status=STATUS_OF_CODE.get(error.exit_code, "bug"), error=told)
 
 
 def _stopped(error: BaseException) -> Result:

@@ -19,9 +19,8 @@ from typing import Any
 
 import pytest
 
-TESTS = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(TESTS / "core"))
-sys.path.insert(0, str(TESTS))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "core"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import core_verbs
 from airflow.sdk.exceptions import TaskDeferred
@@ -29,6 +28,7 @@ from cluster.api import Cluster
 from core_house import House, build, environment
 
 from orrery.contract import VERBS
+from orrery.errors import Interrupted, TryAgain, UserError
 from orrery.ledger import Ledger
 from orrery.orchestration import pod_trigger
 from orrery.orchestration.pod_trigger import PodTrigger
@@ -236,3 +236,256 @@ def test_a_training_is_a_pod_and_its_end_is_on_record(task: Task, caplog: pytest
     assert task.cluster.pods() == []
     assert f"pod {unit} runs on node node-a" in caplog.text
     assert sum(task.cluster.requests.values()) == 5, task.cluster.requests  # create, list, watch, log, delete
+
+
+def test_an_evicted_training_is_an_interruption_and_goes_on(task: Task, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    deferral = task.attempt()
+    waiting = Waiting(deferral)
+    assert started(task.house) == "0"
+    wait_for_checkpoint(task.house)
+    unit = task.unit()
+    task.cluster.nodes.evict(unit)
+    with pytest.raises(Interrupted, match="saved at step"):
+        task.go_on(deferral, waiting.end())
+    (entry,) = task.entries()
+    told = entry["attempt"]["pod"]
+    assert (entry["attempt"]["cause"], told["ended"], told["by"]) == (
+        "interrupted",
+        "interrupted",
+        "EvictionByEvictionAPI",
+    )
+    assert told["exit_code"] == 143 and entry["attempt"]["committed"] > 0
+    assert f"pod {unit} is told to go: EvictionByEvictionAPI" in caplog.text
+    assert "interrupted by EvictionByEvictionAPI" in task.state["clear-0.pod"]
+    assert task.cluster.pods() == []
+    second = task.attempt()
+    waiting = Waiting(second)
+    assert int(started(task.house)) == entry["attempt"]["committed"]
+    assert task.unit() == f"{unit[:-1]}2"
+    go(task.house)
+    task.go_on(second, waiting.end())
+    assert [e["status"] for e in task.entries()] == ["interrupted", "done"]
+
+
+def wait_for_checkpoint(house: House) -> None:
+    deadline = time.monotonic() + 30
+    while not list((house.home / "store").rglob("checkpoints/step")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_pod_whose_worker_was_lost_before_the_wait_is_taken_up(task: Task) -> None:
+    task.attempt()  # and nobody ever hears of the wait: the worker was killed before it had begun
+    unit = task.unit()
+    deferral = task.attempt()
+    trigger = trigger_of(deferral)
+    assert task.unit() == unit == trigger.unit and trigger.folder.endswith("/1")
+    waiting = Waiting(deferral)
+    started(task.house)
+    go(task.house)
+    summary = task.go_on(deferral, waiting.end())
+    assert summary["output"] == task.house.manifests("train")[0].path
+    first, second = task.entries()
+    assert (first["attempt"]["cause"], second["status"]) == ("lost", "done")
+    assert second["attempt"]["pod"]["ran"].endswith("/1") and task.cluster.pods() == []
+
+
+def test_an_attempt_that_is_started_twice_has_one_pod(task: Task) -> None:
+    task.attempt()
+    unit = task.unit()
+    task.number = 0  # the same attempt once more: the answer to its creation was lost with the worker
+    deferral = task.attempt()
+    assert task.unit() == unit == trigger_of(deferral).unit
+    waiting = Waiting(deferral)
+    started(task.house)
+    go(task.house)
+    task.go_on(deferral, waiting.end())
+    assert [e["status"] for e in task.entries()] == ["done"]
+
+
+def test_a_triggerer_that_is_killed_leaves_the_pod_to_another(task: Task) -> None:
+    deferral = task.attempt()
+    waiting = Waiting(deferral)
+    started(task.house)
+    unit = task.unit()
+    waiting.kill()
+    assert task.unit() == unit
+    waiting = Waiting(deferral)
+    go(task.house)
+    task.go_on(deferral, waiting.end())
+    assert len(task.house.manifests("train")) == 1 and task.cluster.pods() == []
+
+
+def test_a_person_who_ends_the_wait_ends_the_pod_and_the_next_attempt_waits_for_it(task: Task) -> None:
+    spec = task.house.folder / "spec.yaml"
+    spec.write_text(spec.read_text().replace('"}', '", save_s: 1.0}'))
+    deferral = task.attempt()
+    waiting = Waiting(deferral)
+    started(task.house)
+    wait_for_checkpoint(task.house)
+    first = task.unit()
+    waiting.kill()
+    asyncio.run(trigger_of(deferral).on_kill())
+    assert task.cluster.pod(first)["metadata"]["deletionTimestamp"]
+    second = task.attempt()  # comes back when the first has saved and is gone
+    assert task.cluster.pod(first) is None
+    (entry,) = task.entries()
+    assert entry["attempt"]["cause"] == "interrupted"
+    waiting = Waiting(second)
+    assert int(started(task.house)) == entry["attempt"]["committed"] > 0
+    go(task.house)
+    task.go_on(second, waiting.end())
+
+
+def test_a_live_pod_at_other_work_is_stopped_before_another_begins(task: Task) -> None:
+    task.attempt()
+    started(task.house)
+    first = task.unit()
+    (task.house.folder / "features.py").write_text("ANSWER = 43\n")
+    deferral = task.attempt()
+    assert trigger_of(deferral).after == [first] and len(task.cluster.pods()) <= 1
+    most = []
+    waiting = Waiting(deferral)
+    while not (task.house.marks / "started").exists():
+        most.append(len(task.cluster.pods()))
+        time.sleep(0.01)
+    assert max(most) == 1
+    assert task.unit() == f"{first[:-1]}2"
+    go(task.house)
+    task.go_on(deferral, waiting.end())
+    assert [e["status"] for e in task.entries()] == ["bug", "done"]
+
+
+def test_a_quota_is_waited_for_in_the_triggerer(task: Task, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    task.cluster.nodes.quota({"pods": "0"})
+    deferral = task.attempt()
+    assert task.cluster.pods() == [] and trigger_of(deferral).documents
+    waiting = Waiting(deferral)
+    task.cluster.nodes.no_quota()
+    started(task.house)
+    go(task.house)
+    task.go_on(deferral, waiting.end())
+    assert "exceeded quota" in caplog.text
+    (entry,) = task.entries()
+    assert entry["status"] == "done" and task.cluster.pods() == []
+
+
+@pytest.fixture
+def impatient(house: House) -> None:
+    file = house.home / "include" / "platform.yaml"
+    file.write_text(file.read_text().replace("wait: 60s", "wait: 1s"))
+
+
+def test_a_quota_that_stays_is_an_attempt_without_a_place(task: Task, impatient: None) -> None:
+    task.cluster.nodes.quota({"pods": "0"})
+    deferral = task.attempt()
+    with pytest.raises(TryAgain, match="exceeded quota"):
+        task.go_on(deferral, wait(deferral))
+    (entry,) = task.entries()
+    assert (
+        entry["attempt"]["pod"]["ended"] == "unplaced"
+        and entry["attempt"]["wall_s"] < 0.5 < entry["attempt"]["queued_s"]
+    )
+
+
+def test_no_node_for_it_is_a_wait_with_the_schedulers_words(
+    task: Task, impatient: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    task.cluster.nodes.cordon()
+    deferral = task.attempt()
+    with pytest.raises(TryAgain, match="unschedulable"):
+        task.go_on(deferral, wait(deferral))
+    assert "waits: 0/1 nodes are available" in caplog.text
+    assert task.cluster.pods() == []
+
+
+def test_a_silent_node_is_given_up_and_its_pod_removed_by_force(task: Task) -> None:
+    deferral = task.attempt()
+    waiting = Waiting(deferral)
+    started(task.house)
+    task.cluster.nodes.power_off(deleted=False)
+    with pytest.raises(Interrupted):
+        task.go_on(deferral, waiting.end())
+    (entry,) = task.entries()
+    assert entry["attempt"]["pod"]["ended"] == "node_lost" and task.cluster.pods() == []
+
+
+def test_a_cluster_that_is_out_of_reach_for_a_moment_costs_no_attempt(task: Task) -> None:
+    task.cluster.answer(503, "create pods")
+    deferral = task.attempt()
+    assert trigger_of(deferral).documents
+    waiting = Waiting(deferral)
+    started(task.house)
+    go(task.house)
+    task.go_on(deferral, waiting.end())
+    assert [e["status"] for e in task.entries()] == ["done"]
+
+
+def test_what_the_cluster_refuses_for_good_is_told_and_on_record_once(task: Task) -> None:
+    words = 'pods "x" is forbidden: violates PodSecurity "restricted:latest": unrestricted capabilities'
+    task.cluster.answer(403, "create pods", message=words, reason="Forbidden")
+    task.number = 1
+    with pytest.raises(UserError, match="violates PodSecurity"):
+        task.operator().execute(task.context())
+    (entry,) = task.entries()
+    assert entry["status"] == "user" and entry["attempt"]["cause"] == "user"
+
+
+def test_an_effect_on_the_champion_is_waited_for_by_its_worker(
+    house: House, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidate = house.verdict("2013-01..2013-01")
+    promote = Task(house, cluster, "promote")
+    promote.run.dag_id, promote.number = "delays.train", 1
+    monkeypatch.setattr(PodStepOperator, "_options", lambda self, context: {"version": "1"})
+    promote.operator().execute(promote.context())
+    ledger = Ledger(os.environ["ORRERY_LEDGER"])
+    champion = ledger.champion("delays")
+    assert champion is not None and champion.model == candidate.path
+    (entry,) = promote.entries()
+    assert entry["attempt"]["pod"]["node"] == "node-a" and cluster.pods() == []
+
+
+def test_each_partition_of_a_task_is_a_pod_of_its_own(
+    house: House, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe = Task(house, cluster, "probe")
+    probe.params = {"window": "2013-01..2013-03"}
+    probe.run.dag_id = "delays.train"
+    units = []
+    deferral = probe.attempt()
+    for _ in range(2):
+        units.append(probe.unit())
+        event = wait(deferral)
+        with pytest.raises(TaskDeferred) as deferred:
+            probe.go_on(deferral, event)
+        deferral = deferred.value
+    assert deferral.kwargs["over"] == {"2013-01": "done", "2013-02": "done"}
+    units.append(probe.unit())
+    summary = probe.go_on(deferral, wait(deferral))
+    assert summary["steps"] == 3 and len(set(units)) == 3
+    assert sorted(e["key"] for e in probe.entries()) == ["2013-01", "2013-02", "2013-03"]
+    assert cluster.pods() == []
+
+
+def test_an_outage_of_the_api_judges_nobody(task: Task, impatient: None) -> None:
+    deferral = task.attempt()
+    waiting = Waiting(deferral)
+    started(task.house)
+    waiting.kill()
+    time.sleep(max(trigger_of(deferral).wait_until - time.time(), 0))  # the time for a machine is over: it has one
+    task.cluster.outage(2.0)
+    waiting = Waiting(deferral)
+    go(task.house)
+    task.go_on(deferral, waiting.end())
+    assert [e["status"] for e in task.entries()] == ["done"]
+
+
+def test_a_connection_that_is_not_there_is_told(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AIRFLOW_CONN_CLUSTER")
+    task.number = 1
+    with pytest.raises(UserError, match=r"connection 'cluster'.*\n.*kubernetes.connection"):
+        task.operator().execute(task.context())

@@ -28,6 +28,7 @@ log = logging.getLogger("orrery.step")
 # still holds its worker for running.
 SOONEST_S = 2.0
 LOOK_S = 60.0  # between two looks at a pod of which nothing new is told: is the watch itself alive?
+TROUBLE_S = 1.0  # the same while the cluster cannot be watched
 EVENTS_S = 20.0  # between two looks for why a Job's pods are not made
 LOG_S = 15.0  # what is left of a log may take so long once the pod has ended
 FIRST_S, LONGEST_S = 2.0, 30.0  # pauses between two tries to create what was refused
@@ -179,7 +180,7 @@ class PodTrigger(BaseTrigger):
             for document in others:
                 await self._put(api, gang.owned(document, made))
         except ApiException as e:
-            return answers.read(e.status, e.body, self.unit)
+            return answers.read(e.status, e.body or e.reason, self.unit)
         except (aiohttp.ClientError, TimeoutError, OSError) as e:
             return answers.read(0, f"{type(e).__name__}: {e}", self.unit)
         return None
@@ -188,7 +189,7 @@ class PodTrigger(BaseTrigger):
         try:
             return await api.ask("POST", gang.collection(document), body=document)
         except ApiException as e:
-            if answers.read(e.status, e.body, "").kind != "exists":
+            if answers.read(e.status, e.body or e.reason, "").kind != "exists":
                 raise
         # Ours, of before the triggerer was restarted: its name is of this attempt.
         return await api.ask("GET", gang.address(document))
@@ -212,10 +213,7 @@ class PodTrigger(BaseTrigger):
         terms = {"wait_until": self.wait_until, "grace": self.grace, "silent": self.silent}
         looked = 0.0
         while True:
-            now = time.time()
-            due = seen.due(now, **terms)
-            soon = LOOK_S if len(seen.members) >= self.pods else EVENTS_S
-            changes = await subscription.next(soon if due is None else min(max(due - now, 0.1), soon))
+            changes = await subscription.next(self._soon(subscription, seen, seen.due(time.time(), **terms)))
             now = time.time()
             for kind, pod in changes:
                 if kind == "seen":
@@ -226,11 +224,24 @@ class PodTrigger(BaseTrigger):
                 seen.removed(None, self.unit, now)
             self._follow(subscription.api, seen)
             self._tell(subscription, seen)
-            if (ending := seen.ending(now, **terms)) is not None:
+            if self._sees(subscription, seen) and (ending := seen.ending(now, **terms)) is not None:
                 return ending
             if self.pods > 1 and len(seen.members) < self.pods and now > looked + EVENTS_S:
                 looked = now
                 await self._why_none(subscription.api)
+
+    def _sees(self, subscription: Subscription, seen: Seen) -> bool:
+        """Tell whether anything can be judged: a deadline that passes while the cluster is silent says nothing."""
+        return not subscription.trouble and (bool(seen.members) or (self.pods > 1 and subscription.absent))
+
+    def _soon(self, subscription: Subscription, seen: Seen, due: float | None) -> float:
+        """Return for how many seconds to wait for news at most."""
+        if subscription.trouble:
+            return TROUBLE_S
+        soon = LOOK_S if len(seen.members) >= self.pods else EVENTS_S
+        if due is None or not self._sees(subscription, seen):
+            return soon
+        return min(max(due - time.time(), 0.1), soon)
 
     async def _absent(self, api: Api) -> bool:
         """Tell whether a unit without pods is gone; a Job may not have made any yet."""

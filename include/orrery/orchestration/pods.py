@@ -14,7 +14,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
+from airflow.sdk.exceptions import AirflowNotFoundException
 from kubernetes.client.exceptions import ApiException
+from kubernetes.config import ConfigException
 from urllib3.exceptions import HTTPError
 
 from orrery import attempts, platform
@@ -188,7 +190,8 @@ class PodLauncher:
             if unit.state == "live" and unit.work == names.work(plan.config) and unit.folder:
                 log.warning("%s, whose worker was lost, is still at this work: it is taken up", unit.name)
                 return self._waits(plan, compute, unit.name, unit.address, unit.folder, unit.pods)
-        after = [u.name for u in there if u.state == "live"]
+        # One that was told to go may be saving: the trigger waits for its end before it creates this one.
+        after = [u.name for u in there if u.state != "dead"]
         for unit in there:
             if unit.state == "live":
                 log.warning("%s of an earlier attempt is at other work now: it is stopped", unit.name)
@@ -293,8 +296,17 @@ class Cluster:
 
     @property
     def client(self) -> Any:
-        """The connection's client."""
-        return self._operator.hook.api_client
+        """The connection's client. Raises `UserError` where Airflow has none of it."""
+        try:
+            return self._operator.hook.api_client
+        except (ConfigException, AirflowNotFoundException) as e:
+            connection = self._planner.platform.kubernetes.connection
+            by = f"connection {connection!r}" if connection else "Airflow's own service account"
+            raise UserError(
+                f"the cluster cannot be reached by {by}: {e}",
+                hint="kubernetes.connection in platform.yaml names an Airflow connection of type kubernetes; "
+                "without one, Airflow itself runs in the cluster",
+            ) from None
 
     def create(self, documents: list[dict[str, Any]]) -> answers.Answer | None:
         """Create a unit's objects; return what was refused, or None."""
