@@ -15,6 +15,7 @@ ORRERY_BUILD_FLAGS to its `build`, such as `--network=host`.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import json
 import os
@@ -27,6 +28,7 @@ import time
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -34,12 +36,12 @@ from orrery import platform
 from orrery.errors import OrreryError, UserError, nearest
 
 ROOT = Path(__file__).resolve().parent.parent
-LOGS = ROOT / "var" / "log" / "images"
 ENGINES = ("docker", "podman", "buildah")
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
 # Where torch's own builds are; the package index has CUDA builds alone.
 CPU_TORCH = "https://download.pytorch.org/whl/cpu"
 SHOWN = re.compile(r"^(STEP \d+/\d+: .*|#\d+ \[.*|\[\d+/\d+\] STEP .*|environment \S+: .*|\.venvs/\S+: .*)$")
+FROM_PIP = re.compile(r"^global\.([\w-]+)=('.*'|\".*\")$", re.MULTILINE)
 TAIL = 40
 
 
@@ -84,7 +86,6 @@ def main() -> int:
     args = arguments()
     engine = find_engine(args.engine)
     images = wanted(args.environments, args.gpu)
-    LOGS.mkdir(parents=True, exist_ok=True)
     rows = []
     with inputs(args) as given:
         for number, (environment, image) in enumerate(images.items(), 1):
@@ -113,12 +114,22 @@ def arguments() -> argparse.Namespace:
 
 
 def find_engine(name: str | None) -> Engine:
-    """Return the engine that was asked for, or the first that is installed. Raises `UserError`."""
-    there = [e for e in ((name,) if name else ENGINES) if shutil.which(e)]
+    """Return the engine that was asked for, or the first that is installed and answers. Raises `UserError`."""
+    flags = tuple(shlex.split(os.environ.get("ORRERY_ENGINE_FLAGS", "")))
+    there = [Engine(e, flags) for e in ((name,) if name else ENGINES) if shutil.which(e)]
     if not there:
         what = name or ", ".join(ENGINES)
         raise UserError(f"no program to build images with: looked for {what}", hint="on Debian, apt install podman")
-    return Engine(there[0], tuple(shlex.split(os.environ.get("ORRERY_ENGINE_FLAGS", ""))))
+    for engine in there:
+        if engine.name != "docker" or answers(engine):
+            return engine
+    raise UserError("docker is installed, but its daemon does not answer", hint="start it, or apt install podman")
+
+
+def answers(docker: Engine) -> bool:
+    """Tell whether docker's daemon is there: its client alone builds nothing."""
+    asked = docker.argv("version", "--format", "{{.Server.Version}}")
+    return subprocess.run(asked, capture_output=True, check=False).returncode == 0
 
 
 def wanted(environments: list[str], gpu: bool) -> dict[str, str]:
@@ -196,11 +207,18 @@ def pip_setting(name: str) -> str:
     from_env = os.environ.get(f"PIP_{name.upper().replace('-', '_')}")
     if from_env:
         return from_env
+    return pip_files().get(name, "")
+
+
+@lru_cache(maxsize=1)
+def pip_files() -> dict[str, str]:
+    """Return what pip's files on this machine say for all its commands; nothing when there is no pip."""
     pip = shutil.which("pip3") or shutil.which("pip")
     if pip is None:
-        return ""
-    got = subprocess.run([pip, "config", "get", f"global.{name}"], capture_output=True, text=True, check=False)
-    return got.stdout.strip() if got.returncode == 0 else ""
+        return {}
+    # Not `config get`: that of Debian's pip (23.0) reads the user's file alone.
+    got = subprocess.run([pip, "config", "list"], capture_output=True, text=True, check=False)
+    return {name: str(ast.literal_eval(value)) for name, value in FROM_PIP.findall(got.stdout)}
 
 
 def build(engine: Engine, environment: str, image: str, args: argparse.Namespace, given: Inputs) -> None:
@@ -217,7 +235,8 @@ def build(engine: Engine, environment: str, image: str, args: argparse.Namespace
         *shlex.split(os.environ.get("ORRERY_BUILD_FLAGS", "")),
     ]
     argv = engine.argv("build", *options, ".")
-    log, last = LOGS / f"{environment}.log", [""] * TAIL
+    log, last = platform.home() / "var" / "log" / "images" / f"{environment}.log", [""] * TAIL
+    log.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     env = {**os.environ, "DOCKER_BUILDKIT": "1"}
     with log.open("w") as kept, subprocess.Popen(
@@ -234,7 +253,7 @@ def build(engine: Engine, environment: str, image: str, args: argparse.Namespace
     if process.returncode:
         raise UserError(
             f"{engine.name} could not build {image} (it ended with {process.returncode}):\n{''.join(last).strip()}",
-            hint=f"all of it is in {log.relative_to(ROOT)}; docker/README.md tells of engines, bases and mirrors",
+            hint=f"all of it is in {log}; docker/README.md tells of engines, bases and mirrors",
         )
 
 
@@ -261,6 +280,8 @@ def version() -> str:
 
 def revision() -> str:
     """Return the commit that is built, with -dirty when the work tree differs; `unknown` outside of git."""
+    if not shutil.which("git"):
+        return "unknown"
     git = ["git", "-C", str(ROOT)]
     got = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     if got.returncode:

@@ -1,4 +1,4 @@
-"""Remove from an installed environment what no step uses: tests of packages, headers, static libraries, source maps.
+"""Remove from an installed environment what no step uses: packages' tests, headers, static libraries, debug symbols.
 
     slim.py .venvs/ml --torch cpu
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +57,9 @@ def main() -> int:
     for file in (site / "torch" / "bin").glob("*"):
         if file.name not in KEPT_PROGRAMS:
             shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
+    if told := strip([f for f in site.rglob("*.so*") if has_debug_information(f)]):
+        print(told, file=sys.stderr)
+        return 1
     after = size(args.environment)
     print(f"{args.environment}: {before / 1e6:,.0f} MB, {(before - after) / 1e6:,.0f} MB of it not needed and removed")
     return 0
@@ -86,7 +90,7 @@ def dotted(site: Path, folder: Path) -> str:
 
 def imports_of_tests(site: Path) -> set[str]:
     """Return the test packages that modules outside of all tests import."""
-    found = set()
+    found: set[str] = set()
     for file in site.rglob("*.py"):
         parts = file.relative_to(site).parts
         if any(p in TESTS for p in parts[:-1]):
@@ -114,6 +118,20 @@ def above(name: str) -> Iterator[str]:
     """Yield each of a module's parents, itself included, that is called like tests."""
     parts = name.split(".")
     yield from (".".join(parts[: n + 1]) for n, part in enumerate(parts) if part in TESTS)
+
+
+def has_debug_information(file: Path) -> bool:
+    """Tell whether a shared library of a package's own has any; repacked system libraries (*.libs) are left alone."""
+    own = file.is_file() and not file.is_symlink() and not file.parent.name.endswith(".libs")
+    return own and b".debug_info\0" in file.read_bytes()
+
+
+def strip(files: list[Path]) -> str:
+    """Remove debug information, which only a debugger reads; return what went wrong, or nothing."""
+    if not files:
+        return ""
+    done = subprocess.run(["strip", "--strip-debug", *map(str, files)], capture_output=True, text=True, check=False)
+    return done.stderr.strip() if done.returncode else ""
 
 
 def size(folder: Path) -> int:
