@@ -39,7 +39,9 @@ ANSWER_S = 30.0
 # The server ends a watch after so long, and says something (a bookmark) about each minute: a connection that is
 # silent for longer is dead, though nobody has said so.
 WATCH_S, SILENT_S = 290, 90.0
+HEALTHY_S = 5.0  # a watch that lives for so long is none that fails
 LOG_SILENT_S = 600.0  # a step may say nothing for long; asking again costs one request
+OVER_S = 3.0  # the kubelet tells of a container's end up to two seconds after its log has ended
 LONGEST_LINE = 1 << 20
 
 log = logging.getLogger("orrery.cluster")
@@ -270,6 +272,7 @@ class _Watch:
         self.subscribers: dict[str, list[Subscription]] = {}
         self.listed = asyncio.Event()
         self.trouble = ""
+        self._failures = 0  # in a row
         self._version = ""
 
     # Subscribers -------------------------------------------------------------------------------------------------
@@ -307,7 +310,6 @@ class _Watch:
             await self.api.close()
 
     async def _go_on(self) -> None:
-        failures = 0
         while True:
             began, version = time.monotonic(), self._version
             try:
@@ -315,15 +317,17 @@ class _Watch:
                     await self._list()
                 await self._follow()
                 # A watch that ends as it begins, time and again, is a failure that says nothing.
-                failures = failures + 1 if self._version == version and time.monotonic() - began < 1.0 else 0
-                wait = 0.0 if failures < 2 else pause(failures)
+                ended = self._version == version and time.monotonic() - began < HEALTHY_S
+                self._failures = self._failures + 1 if ended else 0
+                wait = pause(self._failures) if self._failures > 1 else 0.0
             except Expired:
-                self._version, wait = "", pause(failures)
-                failures += 1
+                self._version, wait = "", pause(self._failures)
+                self._failures += 1
             except Exception as e:  # whatever `connect` raises too: all others wait for this task
-                failures += 1
-                wait = max(pause(failures), _retry_after(e))
-                self._troubled(f"the pods of {self.path} cannot be watched: {_words(e)}")
+                self._failures = self._failures + 1 if time.monotonic() - began < HEALTHY_S else 1
+                wait = max(pause(self._failures), _retry_after(e))
+                if self._failures > 1:  # one is nothing: proxies cut connections that are quiet
+                    self._troubled(f"the pods of {self.path} cannot be watched: {_words(e)}")
             await asyncio.sleep(wait)
 
     async def _list(self) -> None:
@@ -370,9 +374,10 @@ class _Watch:
         }
         try:
             async with self.api.stream(self.path, query, SILENT_S) as content:
-                self._troubled("")
                 async for line in _lines(content):
                     self._event(json.loads(line))
+                    self._failures = 0
+                    self._troubled("")
         except ApiException as e:
             raise (Expired if e.status == 410 else e) from None
 
@@ -493,9 +498,8 @@ async def _is_over(over: Callable[[], bool] | None) -> bool:
     """Tell whether the container whose log has ended has ended too; the watch may tell of it a moment later."""
     if over is None:
         return False
-    for _ in range(60):  # the kubelet tells of a container's end up to two seconds after its log has ended
-        if over():
-            return True
+    until = time.monotonic() + OVER_S
+    while not over() and time.monotonic() < until:
         await asyncio.sleep(0.05)
     return over()
 
