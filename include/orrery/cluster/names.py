@@ -19,6 +19,7 @@ STEP = "orrery/step"
 RUN = "orrery/run"
 ATTEMPT = "orrery/attempt"
 PARTITION = "orrery/partition"
+DRIVER = "orrery/driver"  # of an executor of Spark: the unit it works for
 # Annotations, since a label's value is too short for a folder: where the attempt's documents are, and what it works at.
 FOLDER = "orrery/folder"
 WORK = "orrery/work"

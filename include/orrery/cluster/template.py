@@ -10,7 +10,7 @@ from typing import TypedDict
 
 from kubernetes.client import models as k8s
 
-from orrery.cluster import names
+from orrery.cluster import names, spark
 from orrery.contract import StepConfig
 from orrery.errors import SpecError, UserError
 from orrery.plan import Plan
@@ -106,7 +106,7 @@ def for_class(where: Platform, compute: Compute, verb: str, environment: str, ou
         "image_pull_secrets": [k8s.V1LocalObjectReference(name=name) for name in cluster.pull_secrets],
         "service_account_name": compute.service_account or cluster.service_account,
         # A step asks nothing of the cluster, so it gets no key to it; Spark's driver starts executors.
-        "automount_service_account_token": _drives_spark(where, verb),
+        "automount_service_account_token": spark.drives(where, verb),
         "container_resources": _resources(compute),
         "node_selector": {**(spot.node_selector if spot else {}), **compute.node_selector},
         "tolerations": _tolerations(where, compute),
@@ -143,13 +143,17 @@ def for_class(where: Platform, compute: Compute, verb: str, environment: str, ou
 def for_attempt(where: Platform, compute: Compute, plan: Plan, unit: str) -> AttemptArguments:
     """Return all that one attempt's pod is made of. Raises `UserError` for what a pod may not be given."""
     config = plan.config
+    decided = for_class(where, compute, config.verb, plan.verb.environment, plan.outlive)
+    own = [k8s.V1EnvVar(name=k, value=v) for k, v in sorted(environment(compute, plan).items())]
+    if spark.drives(where, config.verb):
+        own += spark.variables(where, compute, config, unit, decided)
     return {
-        **for_class(where, compute, config.verb, plan.verb.environment, plan.outlive),
+        **decided,
         "name": unit,
         "arguments": step_arguments(config),
         "labels": names.labels(config, unit),
         "annotations": names.notes(config),
-        "env_vars": [k8s.V1EnvVar(name=k, value=v) for k, v in sorted(environment(compute, plan).items())],
+        "env_vars": own,
     }
 
 
@@ -188,10 +192,6 @@ def grace(compute: Compute, outlive: float) -> int:
     if compute.grace is not None:
         return seconds(compute.grace)
     return max(LEAST_GRACE_S, math.ceil(outlive) + ENDING_S if outlive else 0)
-
-
-def _drives_spark(where: Platform, verb: str) -> bool:
-    return verb == "score" and where.spark.master.startswith("k8s://")
 
 
 def _resources(compute: Compute) -> k8s.V1ResourceRequirements:

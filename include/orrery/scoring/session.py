@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from orrery.errors import OrreryError
-from orrery.scoring import java
+from orrery.scoring import executors, java
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -143,12 +143,17 @@ def opened(talk: Conversation[Any], master: str, conf: Mapping[str, str], scratc
 
 
 def spark_settings(master: str, conf: Mapping[str, str], scratch: Path) -> dict[str, str]:
-    """Return Spark's settings: the defaults here, then those of platform.yaml over them."""
+    """Return Spark's settings: the defaults here, then those of platform.yaml over them.
+
+    Raises `UserError` for executors as pods that this process cannot be the driver of.
+    """
     properties = scratch / "log4j2.properties"
     properties.write_text(LOG4J)
     settings = {**DEFAULTS, "spark.master": master}
     if is_local(master):
         settings |= {**LOOPBACK, "spark.local.dir": str(scratch / "spark")}
+    if executors.is_kubernetes(master):
+        settings |= executors.settings(master, conf, scratch, os.environ)
     options = f"-Dlog4j2.configurationFile={properties.as_uri()} {JVM_OPTIONS}"
     name = "spark.driver.extraJavaOptions"
     return {**settings, **conf, name: f"{options} {conf.get(name, '')}".strip()}
