@@ -1,4 +1,4 @@
-"""What people type: `orrery run`, `check`, `new`, `ledger`, `cost`, `rollback`, `reproduce`, `up`, `down`, `status`."""
+"""What people type: `orrery run`, `check`, `new`, `ledger`, `cost`, `rollback`, `housekeeping`, `up`, `down`, …"""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def actor() -> str:
         return f"uid {os.getuid()}"
 
 
-def share(text: str) -> float:
+def share(text: str, option: str = "--sample") -> float:
     """Return `1%` or `0.01` as a share between 0 and 1. Raises `RequestError`."""
     try:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         value = -1.0
     if not 0 < value <= 1:
-        raise RequestError(f"--sample {text!r} is not a share", hint="such as 1% or 0.01, above 0 and at most 100%")
+        raise RequestError(f"{option} {text!r} is not a share", hint="such as 1% or 0.01, above 0 and at most 100%")
     return value
 
 
@@ -322,6 +322,26 @@ def faults_(
     for fault in faults.parse(given, "the text" if text else faults.VARIABLE) if given else ():
         out.print(f"[green]✓[/] {escape(fault.text)}")
         out.print(f"    {fault.said()}", markup=False)
+
+
+@app.command()
+def housekeeping(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and why; remove nothing.")] = False,
+    project: Annotated[str | None, typer.Option(help="Only this project's; the whole store when not given.")] = None,
+    share_: Annotated[
+        str | None,
+        typer.Option("--share", help="Of a project's outputs, or attempts, this run may remove, such as 100%."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The figures as JSON; sizes in bytes.")] = False,
+) -> None:
+    """Remove what is no longer needed from store and machine: `retention` in platform.yaml. Pods: the Dag's task."""
+    from orrery.housekeeping import house
+
+    name = f"cli--{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+    asked = house.Asked(name, actor(), dry_run, project, share(share_, "--share") if share_ else None)
+    told = house.keep(asked, (lambda line: None) if as_json else (lambda line: out.print(line, markup=False)))
+    if as_json:
+        print(json.dumps(told, indent=1))  # noqa: T201
 
 
 @app.command()

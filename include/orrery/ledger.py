@@ -24,7 +24,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, InterfaceE
 from orrery.databases import REFUSED, scrub, with_driver
 from orrery.errors import RequestError, TryAgain, UserError
 
-Kind = Literal["run", "decision", "promotion", "rollback", "request", "approval", "alert"]
+Kind = Literal["run", "decision", "promotion", "rollback", "request", "approval", "alert", "housekeeping"]
 Phase = Literal["intent", "done"]
 # So much of a key stands in the ledger as it is, however long it is.
 KEPT = 185

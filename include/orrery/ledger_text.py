@@ -20,6 +20,8 @@ def line(entry: Entry, entries: Sequence[Entry]) -> str:
         return ""
     if entry.kind == "approval":
         return _approval(entry)
+    if entry.kind == "housekeeping":
+        return _housekeeping(entry)
     intent = "(intent) " if entry.phase == "intent" else ""
     if "version" in p and entry.kind != "run":
         return f"{intent}{p.get('from') or '–'} → {p['version']}  by {entry.actor}"
@@ -41,6 +43,15 @@ def _request(entry: Entry, entries: Sequence[Entry]) -> str:
     taken = next((e for e in entries if (e.kind, e.key, e.phase) == ("request", entry.key, "done")), None)
     state = f"taken up by {taken.payload['run']}" if taken else "open"
     return f"{entry.payload['source']} {entry.payload['window']}: {state}  by {entry.actor}"
+
+
+def _housekeeping(entry: Entry) -> str:
+    """Return what was removed, or was to be by a run that did not come to its end."""
+    told: dict[str, dict[str, int]] = entry.payload["removed"]
+    each = ", ".join(f"{counts['units']:,} {kind}" for kind, counts in told.items())
+    size = sum(counts["bytes"] for counts in told.values())
+    verb = "to remove" if entry.phase == "intent" else "removed"
+    return f"{verb}: {each or 'nothing'} ({size / 1e6:,.1f} MB)  by {entry.actor}"
 
 
 def _approval(entry: Entry) -> str:

@@ -233,7 +233,7 @@ class Retention(Frozen):
         0.25,
         gt=0,
         le=1,
-        description="Of outputs (or attempts, or checkpoints) one run may remove. More of them: none, and it says so.",
+        description="Of a project's outputs, or attempts, one run may remove. Of more: none, and it says so.",
     )
 
     @model_validator(mode="after")
