@@ -16,6 +16,7 @@ import contextlib
 import json
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
@@ -178,6 +179,23 @@ class Cluster:
 
     def pod(self, name: str, namespace: str = NAMESPACE) -> Object | None:
         return self.do(lambda: self.objects.find(PODS, namespace, name))
+
+    def wait_for(self, there: Callable[[], T], what: str = "it", seconds: float = 60.0) -> T:
+        """Return what is there, once it is."""
+        deadline = time.monotonic() + seconds
+        while not (found := there()):
+            assert time.monotonic() < deadline, f"{what} never came"
+            time.sleep(0.01)
+        return found
+
+    def wait_for_end(self, name: str, namespace: str = NAMESPACE) -> Object:
+        """Return a pod once it has ended."""
+
+        def over() -> Object | None:
+            found = self.pod(name, namespace)
+            return found if found and o.is_over(found) else None
+
+        return self.wait_for(over, f"the end of {name}")  # type: ignore[return-value]
 
     def apply(self, *documents: Object) -> None:
         """Create or replace objects: quotas, priority classes, roles, secrets."""

@@ -70,6 +70,8 @@ class Container:
     process: asyncio.subprocess.Process | None = None
     task: asyncio.Task[int] | None = None
     pumped: asyncio.Task[None] | None = None
+    forced: int | None = None  # the exit code that a test wants
+    cut: bool = False  # it was removed while it ran: its log ends
     silent: bool = False  # its node is off: nobody hears any more of it
 
     def status(self) -> Object:
@@ -163,11 +165,12 @@ class Worker:
                     container.terminate()
                 self.timers.append(asyncio.get_running_loop().call_later(grace, container.kill))
 
-    def vanish(self) -> None:
-        """The power is cut: all is dead at once, and nobody reports it."""
+    def vanish(self, silent: bool = True) -> None:
+        """All is dead at once, and nobody reports it: the power is cut (`silent`: a log that is followed just stops)."""
         self.off = True
         for container in (*self.first, *self.main):
-            container.silent = container.code is None
+            container.silent = silent and container.code is None
+            container.cut = not silent
             if container.code is None:
                 container.kill()
 
@@ -219,6 +222,7 @@ class Worker:
     async def _ended(self, container: Container) -> None:
         if container.code is None:
             code = await container.wait()
+            code = code if container.forced is None else container.forced
             if self.off:
                 return
             container.message = _last_words(container, code)
@@ -486,7 +490,7 @@ class Kubelet:
         worker = self.workers.get(uid)
         if change.type == "DELETED":
             if worker is not None and not worker.off:
-                worker.vanish()
+                worker.vanish(silent=not self.cluster.nodes.is_on(pod["spec"].get("nodeName", "")))
             self.wake()
             return
         node = pod["spec"].get("nodeName")
@@ -557,7 +561,7 @@ class Kubelet:
         follow = query.get("follow", "").lower() in ("1", "true")
         at = max(0, len(container.lines) - int(query["tailLines"])) if query.get("tailLines") else 0
         while True:
-            over = container.code is not None
+            over = container.code is not None or container.cut
             while at < len(container.lines):
                 stamp, line = container.lines[at]
                 at += 1

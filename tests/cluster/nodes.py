@@ -257,6 +257,14 @@ class Nodes:
                 container.kill()
 
     @failure
+    def end(self, code: int = 0, pod: str = "", labels: str = "") -> None:
+        """A container ends with a code, wherever it is in its work: one that traps SIGTERM and ends with 0, say."""
+        for found in self._pick(pod, labels):
+            for container in self._worker(found).main:
+                container.forced = code
+                container.kill()
+
+    @failure
     def pressure(self, pod: str = "", labels: str = "") -> None:
         """The kubelet evicts for lack of memory on the node: at once, the object stays."""
         for found in self._pick(pod, labels):
@@ -283,7 +291,7 @@ class Nodes:
     @failure
     def delete(self, pod: str = "", labels: str = "", grace: int | None = None) -> None:
         """Somebody deletes a pod, without a word."""
-        for found in self._pick(pod, labels):
+        for found in self._pick(pod, labels, over=True):
             self.cluster.controllers.delete_pod(found, grace)
 
     @failure
@@ -414,10 +422,10 @@ class Nodes:
     def _on(self, node: str) -> list[Object]:
         return self.objects.list(PODS, match=lambda p: p["spec"].get("nodeName") == node and not is_over(p))
 
-    def _pick(self, pod: str, labels: str) -> list[Object]:
+    def _pick(self, pod: str, labels: str, over: bool = False) -> list[Object]:
         match = matcher(labels, "")
         found = self.objects.list(PODS, match=lambda p: match(p) and pod in ("", p["metadata"]["name"]))
-        found = [p for p in found if not is_over(p)]
+        found = [p for p in found if over or not is_over(p)]
         if not found:
             raise Refused(404, "NotFound", f"no living pod {pod or labels or 'at all'}")
         return found
