@@ -92,7 +92,7 @@ def airflow(home: Path, store: str) -> Iterator[Running]:
         yield running
 
 
-def until(true: Callable[[], Any], what: str, timeout: float = 120) -> None:
+def until(true: Callable[[], Any], what: str, timeout: float = 240) -> None:
     end = time.monotonic() + timeout
     while not true():
         assert time.monotonic() < end, what
