@@ -48,7 +48,7 @@ class Pod:
         """Return why no pod is created for want of quota, and the ending once that has been so for `waited` seconds."""
         message = QUOTA.format(unit=self.name, memory=self.compute.memory)
         status = json.dumps({"kind": "Status", "reason": "Forbidden", "code": 403, "message": message})
-        answer = answers.read(403, status, f"pod {self.name}")
+        answer = answers.read(403, status, self.name)
         told = f"{self.name} was not created within {waited:.0f} s: {answer.message}"
         return answer.message, Ending(kind="unplaced", message=told, hint=answer.hint, by="Refused")
 

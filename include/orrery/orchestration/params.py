@@ -134,13 +134,12 @@ def read(context: Mapping[str, Any], planner: Planner) -> Asked:
         bool(params.get("dry_run")),
         actor(dag_run),
         params.get("version"),
-        _faults(params, planner) if "faults" in fields else (),
+        _faults(params.get("faults") or conf.get("faults"), planner) if "faults" in fields else (),
     )
 
 
-def _faults(params: Mapping[str, Any], planner: Planner) -> tuple[Fault, ...]:
-    """Return what is to be rehearsed: by the run, else by the variable."""
-    given = params.get("faults")
+def _faults(given: object, planner: Planner) -> tuple[Fault, ...]:
+    """Return what is to be rehearsed: by the run, else by the variable. Refused where the form does not offer it."""
     text, source = (str(given), "faults") if given else (os.environ.get(faults.VARIABLE, ""), faults.VARIABLE)
     return faults.read(text, planner.platform, platform.profile(), source)
 
