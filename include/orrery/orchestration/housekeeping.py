@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +39,8 @@ def housekeeping(doc: str | None) -> DAG:
     light = platform.load().compute_class("cpu-light")
     dag = DAG(
         dag_id=DAG_ID,
-        # At a quiet hour; nothing is made up for that was missed, and nothing runs when the Dag is first seen.
-        schedule=CronTriggerTimetable(EVERY, timezone="UTC"),
-        start_date=datetime(2020, 1, 1, tzinfo=UTC),  # any day that is past
+        # At a quiet hour. Without a start date the first run is the next tick: none when the Dag is first seen.
+        schedule=CronTriggerTimetable(EVERY, timezone="UTC", run_immediately=False),
         catchup=False,
         max_active_runs=1,
         tags=["orrery", f"owner:{OWNER}"],
