@@ -286,6 +286,10 @@ def test_a_condition_that_is_taken_back() -> None:
     doc = disrupted(LIVES, *PREEMPTED)
     doc["status"]["conditions"][-1]["status"] = "False"
     assert Story(LIVES, doc, ended(LIVES, 1)).how == ("exited", "Error")
+    assert Story(LIVES, disrupted(LIVES, *PREEMPTED), doc, ended(LIVES, 1)).how == ("exited", "Error")
+    # Once it is being deleted, it is what it was.
+    marked = disrupted(LIVES, *PREEMPTED)
+    assert Story(LIVES, deleting(marked), deleting(doc)).gone().how == ("interrupted", PREEMPTED[0])
 
 
 @pytest.mark.parametrize("code", [143, 137])
@@ -910,6 +914,14 @@ def documents(draw: st.DrawFn) -> Doc:
     return doc
 
 
+def taken_back(doc: Doc) -> bool:
+    """Tell whether a document says in so many words that its pod is not told to go any more."""
+    part = doc.get("status")
+    found = part.get("conditions") if isinstance(part, dict) else None
+    each = [c for c in found if isinstance(c, dict)] if isinstance(found, list) else []
+    return any(c.get("type") == "DisruptionTarget" and c.get("status") == "False" for c in each)
+
+
 STEPS = st.lists(
     st.tuples(st.sampled_from(["seen", "seen", "seen", "gone", "lost"]), st.one_of(documents(), documents(), JUNK),
               st.sampled_from([0.1, 3.0, 100.0, 5000.0])), max_size=8,
@@ -933,6 +945,8 @@ def test_no_sequence_of_documents_raises_and_endings_only_get_better(
             seen.update(told, now)
         else:
             seen.removed(told if what == "gone" else None, f"{NAME}-0", now)
+        if taken_back(told):
+            targets = {}
         targets = {uid: m.disruption or targets.get(uid, "") for uid, m in seen.members.items()}
         assert all(seen.members[uid].disruption for uid, reason in targets.items() if reason), (
             "a condition was forgotten"

@@ -150,6 +150,9 @@ class Member(BaseModel):
         if _text(target, "status") == "True":
             self.disruption = _text(target, "reason") or self.disruption or "DisruptionTarget"
             self.disruption_message = _text(target, "message") or self.disruption_message
+        elif _text(target, "status") == "False" and self.deleted_at is None and not self.ended:
+            # Taken back, in so many words: an eviction that came to nothing for two minutes.
+            self.disruption = self.disruption_message = ""
         placed = by_type.get("PodScheduled", {})
         waits = _text(placed, "status") == "False"
         self.unplaced = (_text(placed, "message") or _text(placed, "reason")) if waits else ""
