@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from orrery import platform, spec, yamlfile
-from orrery.errors import OrreryError, SpecError, TryAgain, nearest
+from orrery.contract import refuse_uneven
+from orrery.errors import OrreryError, RequestError, SpecError, TryAgain, nearest
 from orrery.local import LocalProcess, interpreter, venvs
 from orrery.plan import Planner, Request
 from orrery.runner import run
@@ -125,6 +126,10 @@ def _platform_has(file: Path, declared: ModelSpec) -> yamlfile.Lines:
             f"{at}: {declared.train.compute!r} is not in platform.yaml; "
             + nearest(declared.train.compute, where.compute)
         )
+    try:
+        refuse_uneven(declared.train.processes, where.compute[declared.train.compute].pods, declared.train.compute)
+    except RequestError as e:
+        raise SpecError(f"{file}:{lines.get(('train', 'processes'), 1)}: {e.message}", hint=e.hint) from None
     for name, source in declared.sources.items():
         at = f"{file}:{lines.get(('sources', name), 1)}: sources.{name}.uri"
         platform.substitute(source.uri or "", {"root": "", "data": ""}, at)

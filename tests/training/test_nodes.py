@@ -79,7 +79,7 @@ class Nodes(Training):
         assert self.when(leader, lambda: self.steps() >= before + 2 * steps), self.said()
 
 
-def ended(*nodes: subprocess.Popen[bytes], within: float = 60) -> list[int]:
+def ended(*nodes: subprocess.Popen[bytes], within: float = 180) -> list[int]:
     return [node.wait(within) for node in nodes]
 
 

@@ -148,6 +148,9 @@ def _failure(launch: _Launch, error: ChildFailedError, said: str) -> OrreryError
     number, failure = next(iter(error.failures.items()))
     rank, code = launch.first + number, failure.exitcode
     if -code in (signal.SIGTERM, signal.SIGINT) or code == INTERRUPTED:
+        # Where another node was told first, who runs the machines tells this one as well, and it is at its end already.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return _interrupted(launch, "SIGTERM" if launch.others is None else "SIGTERM on one of the nodes")
     # The agent names the first that it finds dead, which may be one that only lost its peer. Who was killed outright
     # has left its beat.
