@@ -18,7 +18,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -74,6 +74,7 @@ class Cluster:
         self.requests: Counter[str] = Counter()
         self.asked: Counter[Asked] = Counter()
         self._troubles: list[Trouble] = []
+        self._held: list[tuple[re.Pattern[str], asyncio.Event]] = []
         self._out_until = 0.0
         self._generation = 0  # of streams: who cuts them raises it
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -226,6 +227,16 @@ class Cluster:
         trouble = Trouble(code, times, re.compile(pattern), message or "the server is unwell", reason)
         self.do(lambda: self._troubles.append(trouble))
 
+    @contextlib.contextmanager
+    def hold(self, pattern: str) -> Iterator[None]:
+        """Do what the matching requests want, but keep their answers to the end of the block."""
+        held = (re.compile(pattern), self.do(asyncio.Event))
+        self.do(lambda: self._held.append(held))
+        try:
+            yield
+        finally:
+            self.do(lambda: (self._held.remove(held), held[1].set()))
+
     def outage(self, seconds: float) -> None:
         """Cut every connection, and take none for so long. What runs, runs on."""
 
@@ -266,7 +277,11 @@ class Cluster:
                     return _dropped(request)
                 raise Refused(trouble.code, trouble.reason, trouble.message)
             self.rbac.check(self.rbac.user(request.headers.get("Authorization", "")), asked)
-            return await self._do(request, asked, kind, sub)
+            answer = await self._do(request, asked, kind, sub)
+            for pattern, over in self._held:
+                if pattern.search(f"{asked.verb} {asked.resource}"):
+                    await over.wait()
+            return answer
         except Refused as e:
             headers = {"Retry-After": "1"} if e.code == 429 else {}
             return web.json_response(e.status(), status=e.code, headers=headers)

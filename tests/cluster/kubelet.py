@@ -182,6 +182,9 @@ class Worker:
             container.kill()
         self.task.cancel()
         await asyncio.gather(self.task, return_exceptions=True)
+        for container in (*self.first, *self.main):
+            if container.process is not None and container.pumped is not None:
+                await asyncio.gather(container.process.wait(), container.pumped)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     # -- its life ---------------------------------------------------------------------------------
