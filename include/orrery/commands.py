@@ -65,8 +65,6 @@ def run(
 ) -> None:
     """Run one step here and now, without Airflow, its inputs taken from the store."""
     from orrery import faults, twin
-    from orrery.local import LocalProcess
-    from orrery.runner import run as carry
 
     if step not in VERBS:
         raise RequestError(f"unknown step {step!r}", hint=nearest(step, VERBS))
@@ -101,8 +99,7 @@ def run(
 
             show(step, request.key, Search(request, say, rehearsed).run())
             continue
-        launch = twin.launcher(LocalProcess(), rehearsed, planner.platform, say)
-        show(step, request.key, carry(planner, request, launch, _secrets_note))
+        show(step, request.key, twin.run(planner, request, rehearsed, say, _secrets_note))
 
 
 def say(line: str) -> None:

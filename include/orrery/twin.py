@@ -15,18 +15,21 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
-from orrery import attempts, lastwords
+from orrery import attempts, budgets, lastwords, runner
+from orrery.attempts import Attempt
 from orrery.cluster.rehearsed import Pod
-from orrery.contract import StepConfig
+from orrery.contract import Result, StepConfig
 from orrery.endings import Ending
-from orrery.errors import INTERRUPTED
+from orrery.errors import INTERRUPTED, Interrupted, TryAgain
 from orrery.faults import KINDS, Fault
 from orrery.goodput import OFTEN
 from orrery.local import LocalProcess
-from orrery.plan import Plan
+from orrery.placement import placement
+from orrery.plan import Plan, Planner, Request
 from orrery.platform import Compute, Platform
 from orrery.spec import seconds
 from orrery.store import OUTAGE, Store
@@ -59,7 +62,7 @@ class Twin:
         with _prepared(plan, running) as folder, Scene(self, plan, book, running, folder) as scene:
             code = self.local(plan)
             words = scene.words
-        for fault in scene.open:
+        for fault in scene.open if scene.fatal is None else ():
             self.say(f"rehearsal: {fault.text} has not come: the step ended before")
         return code if scene.fatal is None else self._ending(scene.fatal, plan, code, words)
 
@@ -122,6 +125,34 @@ def launcher(
 ) -> LocalProcess | Twin:
     """Return what launches a step here: the process alone when nothing is to be rehearsed."""
     return Twin(local, faults, platform, say) if faults else local
+
+
+def run(
+    planner: Planner,
+    request: Request,
+    faults: tuple[Fault, ...],
+    say: Callable[[str], None] = log.warning,
+    started: Callable[[Plan], None] | None = None,
+) -> Result:
+    """Carry a request to its end here, without Airflow: after an attempt that was given a fault comes another at once.
+
+    Budgets and placement are Airflow's. An attempt that fails of itself ends it, as without a rehearsal.
+    """
+    launch = launcher(LocalProcess(), faults, planner.platform, say)
+    most, history = budgets.of(request.verb, planner.spec), list[Attempt]()
+    while True:
+        if request.verb == "train" and history:
+            place = placement(history, planner.spec.train, planner.platform.compute, datetime.now(UTC))
+            request = replace(request, compute=place.compute, placed=place.reason)
+        try:
+            return runner.run(planner, request, launch, started)
+        except (Interrupted, TryAgain, runner.StepFailed) as e:
+            history = runner.recorded(planner.ledger, request.project, request.run, request.task, request.key)
+            if not faults or not history or not history[-1].injected or most.over(history):
+                raise
+            request = replace(request, attempt=request.attempt + 1)
+            say(f"rehearsal: {e.message}")
+            say(f"rehearsal: {budgets.sentence(request.attempt, most, history)}")
 
 
 class Book:

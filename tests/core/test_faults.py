@@ -381,15 +381,29 @@ def test_the_class_decides_how_long_a_pod_waits_and_may_take_to_end(house: House
 Told = tuple[int, str]
 
 
-def test_orrery_run_rehearses_and_says_so(house: House) -> None:
+def test_orrery_run_rehearses_and_goes_on_as_airflow_would(house: House) -> None:
     argv = ("orrery", "run", "delays", "train", "--window", "2013-01..2013-01")
-    env = {**os.environ, "ORRERY_FAULTS": "train: preempt@step=3"}
+    env = {**os.environ, "ORRERY_FAULTS": "train: preempt@step=3; train: node_lost@step=30"}
+
+    def third() -> bool:
+        return any(house.store.exists(f"delays/runs/{r}/train-2013-01..2013-01/3/progress.json") for r in runs())
+
+    def runs() -> list[str]:
+        return house.store.names("delays/runs")
+
+    thread = once(third, lambda: finish(house))
     done = subprocess.run([sys.executable, str(DRIVE), *argv], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 143, done.stdout + done.stderr
+    thread.join()
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "rehearsal: train: preempt@step=3: its spot node is shut down" in done.stdout
-    assert "SIGTERM: saved at step" in done.stderr
-    (entry,) = Ledger(f"sqlite:///{house.home}/ledger.db").find("delays", "run")
-    assert entry.payload["attempt"]["injected"] == ["train: preempt@step=3"]
+    assert "rehearsal: SIGTERM: saved at step" in done.stdout
+    assert "rehearsal: attempt 3: interrupted 2 of 20 times, goes on from step" in done.stdout
+    found = attempts.of(Ledger(f"sqlite:///{house.home}/ledger.db").find("delays", "run"))
+    assert [(a.number, a.cause, a.injected) for a in found] == [
+        (1, "interrupted", ("train: preempt@step=3",)),
+        (2, "interrupted", ("train: node_lost@step=30",)),
+        (3, None, ()),
+    ]
 
 
 @pytest.fixture
