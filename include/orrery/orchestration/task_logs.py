@@ -40,8 +40,11 @@ class StoreLogs:
         """Put one log into the store. A store that is down costs the log, never the task."""
         source = Path(conf.get("logging", "base_log_folder")) / path
         try:
-            if source.stat().st_size:
-                _store().put(_place(path), source.read_bytes())
+            if new := source.read_bytes():
+                store, place = _store(), _place(path)
+                # A task that has waited goes on under the same name, on this machine (which has all of it) or another.
+                before = store.read(place) if store.exists(place) else b""
+                store.put(place, new if new.startswith(before) else before + new)
         except (OrreryError, OSError) as e:
             log.warning("the log %s stays on this machine: %s", path, e)
 
