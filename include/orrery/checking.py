@@ -130,6 +130,13 @@ def _platform_has(file: Path, declared: ModelSpec) -> yamlfile.Lines:
         refuse_uneven(declared.train.processes, where.compute[declared.train.compute].pods, declared.train.compute)
     except RequestError as e:
         raise SpecError(f"{file}:{lines.get(('train', 'processes'), 1)}: {e.message}", hint=e.hint) from None
+    tried = (declared.tune.compute or declared.train.compute) if declared.tune else None
+    if tried in where.compute and where.compute[tried].pods > 1:
+        raise SpecError(
+            f"{file}:{lines.get(('tune',), 1)}: tune.compute: {tried!r} has {where.compute[tried].pods} pods, "
+            "and a trial runs in one",
+            hint="tune.compute: a class without `pods`",
+        )
     for name, source in declared.sources.items():
         at = f"{file}:{lines.get(('sources', name), 1)}: sources.{name}.uri"
         platform.substitute(source.uri or "", {"root": "", "data": ""}, at)

@@ -17,12 +17,15 @@ from cluster.objects import JOBS, PODS, SERVICES
 from core_house import House, build, environment
 from test_pods import Task, Waiting, trigger_of
 
+from orrery import checking
 from orrery.cluster import gang
 from orrery.cluster.judge import Seen
 from orrery.contract import Result, StepConfig
 from orrery.errors import Interrupted, OrreryError, RequestError, SpecError
 from orrery.orchestration import pod_trigger
 from orrery.orchestration.pods import PodStepOperator
+from orrery.spec import ModelSpec
+from orrery.spec import load as spec_of
 from orrery.store import File, Manifest, content_digest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -249,6 +252,12 @@ def objects(cluster: Cluster) -> list[str]:
     return [f"{o['kind']} {o['metadata']['name']}" for o in found]
 
 
+def second_of(cluster: Cluster) -> str:
+    """The pod that does not lead."""
+    (found,) = (p["metadata"]["name"] for p in cluster.pods() if gang.IndexedJob().node(p) == 1)
+    return str(found)
+
+
 @contextlib.contextmanager
 def alone(house: House, folder: str, tmp_path: Path) -> Iterator[Callable[[], str]]:
     """Train the same by two processes of one machine, beside the test and in a store of its own; yields the digest."""
@@ -276,7 +285,7 @@ def alone(house: House, folder: str, tmp_path: Path) -> Iterator[Callable[[], st
 
 
 @pytest.mark.slow
-def test_one_evicted_pod_is_one_interruption_and_the_next_attempt_goes_on(
+def test_a_pod_that_is_taken_away_is_one_interruption_and_the_next_attempt_goes_on(
     landed: House, cluster: Cluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -290,8 +299,7 @@ def test_one_evicted_pod_is_one_interruption_and_the_next_attempt_goes_on(
         saved = house.home / "store" / "delays" / "train"
         cluster.wait_for(lambda: list(saved.glob("*/checkpoints/*.json")), "a checkpoint", 120)
         assert {f"Job {unit}", f"Service {unit}"} < set(objects(cluster)) and len(cluster.pods()) == 2
-        (other,) = (p for p in cluster.pods() if gang.IndexedJob().node(p) == 1)
-        cluster.nodes.evict(other["metadata"]["name"])
+        cluster.nodes.evict(second_of(cluster))
         with pytest.raises(Interrupted, match="SIGTERM on one of the nodes: told to stop at step"):
             task.go_on(deferral, waiting.end())
         (entry,) = task.entries()
@@ -299,15 +307,26 @@ def test_one_evicted_pod_is_one_interruption_and_the_next_attempt_goes_on(
         assert (entry["attempt"]["cause"], told["ended"], told["by"]) == (
             "interrupted", "interrupted", "EvictionByEvictionAPI"
         )  # fmt: skip
-        assert entry["attempt"]["committed"] > 0
+        came = f"goes on from step {entry['attempt']['committed']}"
         assert "node 1: SIGTERM: told to stop at step" in caplog.text
         cluster.wait_for(lambda: not objects(cluster), "everything of the unit to go")
 
+        deferral = task.attempt()
+        waiting = Waiting(deferral)
+        # The operator says so when it starts the attempt, and the training when it has.
+        cluster.wait_for(lambda: caplog.text.count(came) == 2, "the second attempt's training", 120)
+        cluster.nodes.pressure(second_of(cluster))  # killed without a word: its peer knows of a lost node only
+        with pytest.raises(Interrupted):
+            task.go_on(deferral, waiting.end())
+        entry = task.entries()[-1]
+        assert (entry["attempt"]["cause"], entry["attempt"]["pod"]["by"]) == ("interrupted", "TerminationByKubelet")
+        cluster.wait_for(lambda: not objects(cluster), "everything of the unit to go")
+
         slow.unlink()
-        second = task.attempt()
-        summary = task.go_on(second, Waiting(second).end())
-        assert f"goes on from step {entry['attempt']['committed']}" in caplog.text
-        assert [e["status"] for e in task.entries()] == ["interrupted", "done"]
+        deferral = task.attempt()
+        summary = task.go_on(deferral, Waiting(deferral).end())
+        assert "attempt 3: interrupted 2 of 20 times, goes on from step" in caplog.text
+        assert [e["status"] for e in task.entries()] == ["interrupted", "interrupted", "done"]
         (manifest,) = house.manifests("train")
         assert (summary["output"], manifest.digest) == (manifest.path, wanted())
         cluster.wait_for(lambda: not objects(cluster), "everything of the unit to go")
@@ -320,6 +339,15 @@ def test_what_cannot_be_spread_is_refused_before_anything_is_made(landed: House,
     task.number = 1
     with pytest.raises(RequestError, match=r"train\.processes 3 .* compute class 'pair' \(2\)"):
         task.operator().execute(task.context())
+    declared = spec_of(landed.folder)
+    assert isinstance(declared, ModelSpec)
+    with pytest.raises(SpecError, match=r"spec\.yaml:9: train\.processes 3 .* 'pair' \(2\)"):
+        checking.inspect("delays", declared)
+    spec.write_text(spec.read_text().replace("processes: 3", "processes: 2") + "tune: {trials: 5}\n")
+    declared = spec_of(landed.folder)
+    assert isinstance(declared, ModelSpec)
+    with pytest.raises(SpecError, match=r"spec\.yaml:10: tune\.compute: 'pair' has 2 pods, and a trial runs in one"):
+        checking.inspect("delays", declared)
     with pytest.raises(SpecError, match="'pair' has 2 pods: evaluate runs in one"):
         PodStepOperator(task_id="evaluate", project="delays", verb="evaluate", compute="pair")
     assert not objects(cluster)
