@@ -109,6 +109,8 @@ def summary(history: Sequence[Attempt]) -> str:
     last = max(history, key=lambda a: a.number)
     lost = sum(_lost(a.progress) for a in history if a.progress)
     parts += [f"{lost:,.0f} s of work lost"] if lost else []
+    rehearsed = sum(bool(a.injected) for a in history)
+    parts += [f"{rehearsed} of them a rehearsal"] if rehearsed else []
     moved = f"; on {last.compute}: {last.placed}" if last.placed else ""
     return f"{last.number} attempts: {', '.join(parts)}{moved}"
 

@@ -29,6 +29,7 @@ CHANGES: dict[str, Kind] = {"promote": "promotion", "rollback": "rollback"}
 # What decides: its verdict is an entry of its own.
 DECIDES = ("gate", "monitor")
 # Of a result's facts the ledger keeps what its readers need; the rest is in the manifest.
+WAITED = "waited_s"  # what a launcher tells of an attempt: seconds without a machine, which nobody paid for
 TOLD_FACTS = ("model_version", "primary", "units")
 
 
@@ -131,7 +132,9 @@ def _begun(planner: Planner, request: Request) -> Attempt:
 
 def _ended(planner: Planner, plan: Plan, attempt: Attempt, result: Result, clock: float) -> Attempt:
     progress = attempts.progress_of(planner.store, plan.config.folder)
-    return attempts.ended(attempt, result, progress, time.monotonic() - clock, plan.told)
+    waited_s = float(plan.told.pop(WAITED, 0.0))
+    wall_s = time.monotonic() - clock - waited_s
+    return attempts.ended(attempts.placed_after(attempt, waited_s), result, progress, wall_s, plan.told)
 
 
 def _refused(error: OrreryError) -> Result:

@@ -83,7 +83,10 @@ class Twin:
         lasts = longest if fault.lasts is None else fault.lasts
         words, ending = (pod.refused if fault.kind == "quota" else pod.waits)(longest)
         self.say(f"rehearsal: {fault.text}: waits, at most {longest:.0f} s: {words}")
-        if self._stopped.wait(min(lasts, longest)):
+        began = time.monotonic()
+        stopped = self._stopped.wait(min(lasts, longest))
+        plan.told[runner.WAITED] = plan.told.get(runner.WAITED, 0.0) + time.monotonic() - began
+        if stopped:
             return Ending(kind="exited", code=INTERRUPTED, message="was told to stop while it waited to be placed")
         if lasts >= longest:
             return _marked(ending, fault)

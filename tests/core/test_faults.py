@@ -16,7 +16,7 @@ import pytest
 from core_house import DRIVE, House, build, environment, go
 from core_verbs import wait_for
 
-from orrery import attempts, cli, faults, platform, runner
+from orrery import attempts, budgets, cli, faults, platform, runner
 from orrery.attempts import Attempt
 from orrery.cluster import template
 from orrery.contract import Result
@@ -176,17 +176,17 @@ def test_a_training_is_preempted_at_a_step_once_and_goes_on(house: House) -> Non
     rehearsal = Rehearsal(house, "train: preempt@step=20; *: quota@for=100ms; train: evict@step=100000; score: image")
     with pytest.raises(Interrupted, match="SIGTERM: saved at step") as e:
         rehearsal.train()
-    step = e.value.details["step"]
-    assert isinstance(step, int) and 20 <= step < 60
+    committed = e.value.details["committed"]
+    assert isinstance(committed, int) and 20 <= committed < 60
     assert (e.value.details["ended"], e.value.details["by"]) == ("interrupted", "TerminationByKubelet")
     assert e.value.details["exit_code"] == 143
     finish(house)
     assert rehearsal.train(2).status == "done"
     first, second = rehearsal.attempts()
     assert first.injected == ("*: quota@for=100ms", "train: preempt@step=20")
-    assert (first.cause, first.spent, first.committed) == ("interrupted", "interruptions", step)
+    assert (first.cause, first.spent, first.committed) == ("interrupted", "interruptions", committed)
     assert (second.cause, second.injected) == (None, ())
-    assert wait_for(house.marks / "started") == str(step)
+    assert wait_for(house.marks / "started") == str(committed)
     assert rehearsal.said[-1] == "rehearsal: train: evict@step=100000 has not come: the step ended before"
     assert any(
         line.startswith("rehearsal: train: preempt@step=20: its spot node is shut down") for line in rehearsal.said
@@ -353,6 +353,15 @@ def test_a_rehearsal_does_not_tell_how_often_machines_are_taken_away(house: Hous
     with pytest.raises(Interrupted):
         rehearsal.train()
     assert attempts.observed(house.planner().ledger, "delays", "spot") == {"interruptions": 0, "observed_s": 0}
+
+
+def test_a_wait_for_a_place_is_not_paid_for_and_a_rehearsal_is_told_as_one(house: House) -> None:
+    rehearsal = Rehearsal(house, "*: quota@wait=300ms")
+    with pytest.raises(TryAgain):
+        rehearsal.go()
+    (attempt,) = rehearsal.attempts()
+    assert attempt.queued_s >= 0.3 > attempt.wall_s
+    assert budgets.summary([attempt]) == "1 attempts: failed 1 time, 1 of them a rehearsal"
 
 
 def test_a_wait_ends_when_the_task_is_stopped(house: House) -> None:

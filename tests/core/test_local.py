@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from orrery import local
 from orrery.contract import Result
 from orrery.errors import Interrupted, UserError
 from orrery.local import LocalProcess
-from orrery.runner import StepFailed, StepVanished
+from orrery.plan import outlives
+from orrery.runner import StepFailed, StepVanished, prepare
 from orrery.servers import processes
 
 
@@ -180,6 +182,18 @@ def test_a_worker_that_is_not_killed_waits_for_the_saving(house: House) -> None:
     gone(step)
     assert house.result(house.config()).status == "interrupted"
     assert saved(house) > 0
+
+
+def test_the_plan_says_how_long_a_step_may_save_whoever_launches_it(house: House) -> None:
+    """`within` is 25 s when the spec does not say; what the step needs to end comes on top."""
+    assert house.planner().plan(house.request()).outlive == 0.0
+    launch, spec = LocalProcess(on_line=lambda line: None), house.planner().spec
+    assert outlives("train", spec) == outlives("trial", spec) == 28.0 and outlives("score", spec) == 0.0
+    plan = replace(house.planner().plan(house.request(options={"mode": "environment"})), outlive=28.0)
+    prepare(plan, house.store)
+    assert launch(plan) == 0
+    (manifest,) = house.manifests()
+    assert json.loads(house.store.read(manifest.uri("names.json")))["ORRERY_OUTLIVE"] == "28.0"
 
 
 def test_an_earlier_attempt_that_does_not_end_is_killed_by_the_next(house: House) -> None:
