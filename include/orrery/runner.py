@@ -29,8 +29,8 @@ CHANGES: dict[str, Kind] = {"promote": "promotion", "rollback": "rollback"}
 # What decides: its verdict is an entry of its own.
 DECIDES = ("gate", "monitor")
 # Of a result's facts the ledger keeps what its readers need; the rest is in the manifest.
-WAITED = "waited_s"  # what a launcher tells of an attempt: seconds without a machine, which nobody paid for
 TOLD_FACTS = ("model_version", "primary", "units")
+WAITED = "waited_s"  # what a launcher tells of an attempt: seconds without a machine, which nobody paid for
 
 
 class StepFailed(OrreryError):
