@@ -51,7 +51,7 @@ def keep(asked: Asked, say: Callable[[str], None]) -> dict[str, Any]:
         _write(sweep.store, run, found)
     for line in report.lines(found, local):
         say(line)
-    if found.refused:
+    if found.refused and not asked.dry_run:
         raise UserError(
             f"nothing was removed: {'; '.join(found.refused)}",
             hint="look at what would go (above): if it is right, allow it once with --share 100% (the Dag's `share`)",

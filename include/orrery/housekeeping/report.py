@@ -49,6 +49,7 @@ def lines(report: Report, local: Sequence[Leftover] = ()) -> list[str]:
     said += [f"{one.path}: {one.why}" for one in local[:SHOWN]]
     said += [f"spared: {line}" for line in report.kept[:SHOWN]]
     said += [f"note: {line}" for line in report.notes]
+    said += [f"refused: {line}: nothing goes" for line in report.refused]
     return said
 
 
