@@ -78,6 +78,7 @@ class PodTrigger(BaseTrigger):
         container: str = "base",
         documents: list[dict[str, Any]] | None = None,
         after: list[str] | None = None,
+        carried: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.unit, self.address, self.namespace = unit, address, namespace
@@ -86,6 +87,8 @@ class PodTrigger(BaseTrigger):
         self.wait_until, self.grace, self.silent = wait_until, grace, silent
         self.pods, self.container = pods, container
         self.documents, self.after = documents or [], after or []
+        # What the operator wants back with the event.
+        self.carried = carried or {}
         # The connection's extra, for a wait inside of a worker; never serialized.
         self.extras: dict[str, Any] | None = None
         self._said: dict[str, str] = {}
@@ -95,7 +98,7 @@ class PodTrigger(BaseTrigger):
         """Return all that another triggerer needs to go on."""
         names = (
             *("unit", "address", "namespace", "connection", "in_cluster", "key", "folder", "began", "wait_until"),
-            *("grace", "silent", "pods", "container", "documents", "after"),
+            *("grace", "silent", "pods", "container", "documents", "after", "carried"),
         )
         return f"{type(self).__module__}.{type(self).__qualname__}", {name: getattr(self, name) for name in names}
 
@@ -336,6 +339,7 @@ class PodTrigger(BaseTrigger):
             "address": self.address,
             "key": self.key,
             "folder": self.folder,
+            "carried": self.carried,
             "ending": ending.model_dump(),
             "pod": leader.name,
             "node": leader.node,

@@ -84,11 +84,11 @@ class PodStepOperator(StepOperator, KubernetesPodOperator):
         context["ti"].xcom_push(key="return_value", value=result)
         return result
 
-    def pod_ended(
-        self, context: Context, event: dict[str, Any], over: dict[str, str], groups: list[list[str]]
-    ) -> dict[str, Any]:
+    def pod_ended(self, context: Context, event: dict[str, Any]) -> dict[str, Any]:
         """Go on after a wait; returns and raises what `execute` does."""
-        self._event, self._over, self._groups = event, dict(over), [tuple(group) for group in groups]
+        carried = event["carried"]
+        self._over, self._groups = dict(carried["over"]), [tuple(group) for group in carried["groups"]]
+        self._event = event
         return self.execute(context)
 
     def _one(self, context: Context, planner: Planner, request: Request) -> Result:
@@ -100,9 +100,10 @@ class PodStepOperator(StepOperator, KubernetesPodOperator):
             return super()._one(context, planner, request)
         except PodStarted as e:
             self._push_known(context, e.trigger.folder)
-            carried = {"over": self._over, "groups": [list(group) for group in self._groups]}
+            # By the event rather than by the deferral's own arguments, which `dag.test()` forgets.
+            e.trigger.carried = {"over": self._over, "groups": [list(group) for group in self._groups]}
             # No timeout: the pod has its own (`timeout` of the class), and waiting for a machine is bounded by `wait`.
-            self.defer(trigger=e.trigger, method_name="pod_ended", kwargs=carried, timeout=None)
+            self.defer(trigger=e.trigger, method_name="pod_ended", timeout=None)
             raise AssertionError("deferred") from None
 
     def _make_launcher(self, context: Context, planner: Planner) -> Any:
