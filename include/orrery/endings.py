@@ -68,22 +68,33 @@ def judged(result: Result, ending: Ending) -> Result:
     """Return a result document seen together with how the machine ended its process.
 
     What is done is done, and what is for the user to mend stays that. A bug that ends with the machine being taken
-    away is the interruption's doing: a rank that lost its peer, a store that could not be reached any more.
+    away is the interruption's doing: a rank that lost its peer, a store that could not be reached any more. And who
+    says that it was told to go does not know why: its time was up, or another node of the training had failed.
     """
-    if result.status == "interrupted" and result.error is not None:
-        result.error.details = {**_details(ending), **result.error.details}
+    if result.status in ("done", "user") or result.error is None:
         return result
-    if result.status not in ("bug", "try_again") or result.error is None:
-        return result
-    if ending.kind in TAKEN_AWAY:
-        result.status = "interrupted"
+    status, kind = JUDGED[ending.kind]
+    if result.status == "interrupted":
+        if not _failed(ending):
+            result.error.details = {**_details(ending), **result.error.details}
+            return result
+        result.status, result.error.kind = status, kind
+    elif ending.kind in TAKEN_AWAY:
+        result.status = status
     elif ending.kind == "out_of_memory" and result.error.kind in VANISHED:
-        result.error.kind = JUDGED["out_of_memory"][1]
+        result.error.kind = kind
     else:
         return result
     result.error.message = f"{ending.message or ending.by or ending.kind}: {result.error.message}"
     result.error.details = {**_details(ending), **result.error.details}
     return result
+
+
+def _failed(ending: Ending) -> bool:
+    """Tell whether the unit ended by a failure of its own; 137 and 143 are how an interruption ends, too."""
+    return ending.kind in ("deadline", "out_of_memory") or (
+        ending.kind == "exited" and ending.code not in (None, 0, 137, 143)
+    )
 
 
 def _details(ending: Ending) -> dict[str, object]:

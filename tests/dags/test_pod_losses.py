@@ -137,7 +137,7 @@ WAYS = [
     Way("killed", lambda t: t.cluster.nodes.kill(t.unit()), "exited", "Error", "lost", "losses", StepVanished, dead=True),
     Way("exit code 0", lambda t: t.cluster.nodes.end(0, t.unit()), "exited", "", "lost", "losses", StepVanished, dead=True),
     Way("removed by force", lambda t: t.cluster.nodes.delete(t.unit(), grace=0), "gone", "", "lost", "losses", StepVanished, dead=True),
-    Way("deadline", lambda t: None, "deadline", "DeadlineExceeded", *MESSAGES),
+    Way("deadline", lambda t: None, "deadline", "DeadlineExceeded", "bug", "code", StepFailed),
     Way("no room", lambda t: t.cluster.nodes.cordon(), "unplaced", "Unschedulable", "try_again", "code", TryAgain, before=True),
     Way("quota", lambda t: t.cluster.nodes.quota(), "unplaced", "Refused", "try_again", "code", TryAgain, before=True),
     Way("image never pulled", image("Never"), "image", "ErrImageNeverPull", "user", "code", UserError, before=True),
