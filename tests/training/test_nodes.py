@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -198,8 +198,6 @@ def test_a_node_is_told_by_its_environment() -> None:
 
 
 def test_strangers_are_sent_away_and_the_door_stays_open() -> None:
-    import threading
-
     master = f"127.0.0.1:{free_port()}"
     leader, other = (Meeting(Node(n, 2, master, 20), "runs/now") for n in (0, 1))
     ground = []
@@ -223,15 +221,12 @@ def test_strangers_are_sent_away_and_the_door_stays_open() -> None:
 
 
 def test_a_node_that_leaves_is_noticed() -> None:
-    import threading
-
     master = f"127.0.0.1:{free_port()}"
     leader, other = (Meeting(Node(n, 2, master, 20), "runs/now") for n in (0, 1))
     thread = threading.Thread(target=leader.meet)
     thread.start()
     other.meet()
     thread.join(20)
-    began = time.monotonic()
     other.close()
-    assert leader.gone(within=20) == "node 1 of 2 is gone" and time.monotonic() - began < 20
+    assert leader.gone(within=20) == "node 1 of 2 is gone"
     leader.close()
