@@ -425,7 +425,7 @@ def test_a_cluster_that_is_out_of_reach_for_a_moment_costs_no_attempt(task: Task
 
 
 def test_what_the_cluster_refuses_for_good_is_told_and_on_record_once(task: Task) -> None:
-    words = 'pods "x" is forbidden: violates PodSecurity "restricted:latest": unrestricted capabilities'
+    words = 'pods "x" is forbidden: violates PodSecurity "restricted:v1.32": unrestricted capabilities'
     task.cluster.answer(403, "create pods", message=words, reason="Forbidden")
     task.number = 1
     with pytest.raises(UserError, match="violates PodSecurity"):

@@ -219,7 +219,7 @@ class PodLauncher:
                 raise TryAgain(f"{refused.message}, and is not of this attempt")
             return self._trigger(plan, compute, there)
         elif refused.kind == "wait":
-            log.warning("%s; it is asked for again until then", refused.message)
+            log.warning("%s; it is asked for again, for %s at most", refused.message, compute.wait)
             new.documents = documents
         else:
             raise UserError(refused.message, hint=refused.hint)
