@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -33,6 +33,12 @@ from orrery.errors import BUG, DONE, INTERRUPTED, Interrupted, OrreryError, Requ
 from orrery.lease import Lease
 from orrery.spec import ModelSpec, load_model
 from orrery.store import File, Manifest, Store, content_digest, trouble
+
+T = TypeVar("T")
+# For how long what is finished is offered to a store that is away, in seconds. An error's document is worth less, and
+# after SIGTERM there is little time.
+COMMITTING_S = 300.0
+TELLING_S, TELLING_AN_ERROR_S = 10.0, 2.0
 
 
 class Work:
@@ -219,8 +225,10 @@ class Work:
         self.fence()
         self._committing = True
         if not self.store.put_if_absent(manifest.path, manifest.model_dump_json(indent=1).encode()):
-            self._committing = False
             winner = self.store.manifest(manifest.path)
+            if winner is not None and winner.attempt == config.folder:
+                return winner  # ours, put by a try whose answer was lost
+            self._committing = False
             if winner is None:
                 raise TryAgain(f"{self.store.uri}/{manifest.path}: somebody's commit came first and is gone again")
             self.log.warning("another attempt has committed this output first; its result stands", other=winner.attempt)
@@ -284,17 +292,37 @@ def execute(config: StepConfig, store: Store, scratch: Path, seconds: dict[str, 
             with _timed(seconds):
                 result = _done(work, verb, params)
             began = time.monotonic()
-            manifest = work.committed() or work.commit(result)
+            manifest = work.committed() or patiently("committed", lambda: work.commit(result), COMMITTING_S)
         except BaseException:
             work.discard()
             raise
         if manifest.attempt != config.folder:
             result = _other(work, manifest, result)
-        work.publish(manifest, result)
+        patiently("published", lambda: work.publish(manifest, result), COMMITTING_S)
         work.clean()
         seconds["commit"] = time.monotonic() - began
     result.output, result.digest = manifest.path, manifest.digest
     return result
+
+
+def patiently(what: str, act: Callable[[], T], longest: float) -> T:
+    """Do what a store refuses that is away for a moment, again for up to `longest` seconds; then raise `TryAgain`.
+
+    What comes at the end of a step: hours of work are worth some minutes.
+    """
+    try:
+        return act()
+    except TryAgain as e:
+        log.get().warning(f"not {what} yet, it is tried again for {longest:.0f} s: {e.message}")
+    from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
+
+    again = Retrying(
+        retry=retry_if_exception_type(TryAgain),
+        stop=stop_after_delay(longest),
+        wait=wait_exponential(multiplier=0.5, max=10),
+        reraise=True,
+    )
+    return again(act)
 
 
 def _along(work: Work, verb: Verb, params: Any) -> Result:
@@ -403,7 +431,8 @@ def attempt(config_uri: str, result_uri: str, started: float) -> int:
     result.seconds = {k: round(v, 4) for k, v in seconds.items()}
     try:
         root, _, name = result_uri.rpartition("/")
-        Store(root).put(_of_node(name), result.model_dump_json(indent=1).encode())
+        document = result.model_dump_json(indent=1).encode()
+        patiently("told", lambda: Store(root).put(_of_node(name), document), TELLING_AN_ERROR_S if code else TELLING_S)
     except Exception as e:  # the result cannot be told; the exit code and the log still are
         log.get().error(f"the result could not be written to {result_uri}: {e}")
         code = code or getattr(e, "exit_code", BUG)

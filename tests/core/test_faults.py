@@ -246,7 +246,7 @@ def hit_once_started(rehearsal: Rehearsal) -> None:
         ("node_lost@time=0s", "wait", Interrupted, "NodeLost", "interruptions", "its node has been silent"),
         ("delete@time=0s,grace=200ms", "deaf", StepVanished, "StepVanished", "losses", "was deleted, and killed when its time to end was over"),
         ("deadline@time=0s,grace=200ms", "deaf", StepFailed, "DeadlineExceeded", "code", "longer than the specified"),
-        ("deadline@time=0s", "wait", Interrupted, "Interrupted", "interruptions", "told to stop"),
+        ("deadline@time=0s", "wait", StepFailed, "DeadlineExceeded", "code", "longer than the specified"),
         ("quota@wait=100ms", "done", TryAgain, "Unplaced", "code", "was not created within 0 s: "),
         ("quota@for=1h,wait=100ms", "done", TryAgain, "Unplaced", "code", "is forbidden: exceeded quota: rehearsal"),
         ("unschedulable@wait=100ms", "done", TryAgain, "Unplaced", "code", "0/1 nodes are available"),

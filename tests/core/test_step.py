@@ -195,6 +195,24 @@ def test_a_result_that_cannot_be_written(house: House, tmp_path: Path) -> None:
     assert house.tell(house.config(mode="again", value=2), target)[0] == 75
 
 
+def test_a_store_that_is_away_at_the_end_is_waited_for(
+    house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real, refusals = Store.put_if_absent, tmp_path / "refusals"
+
+    def away(self: Store, path: str, data: bytes) -> bool:
+        if path.endswith("manifest.json") and (not refusals.exists() or refusals.stat().st_size < 2):
+            with refusals.open("a") as f:
+                f.write("x")
+            raise TryAgain("the store is away")
+        return real(self, path, data)
+
+    monkeypatch.setattr(Store, "put_if_absent", away)
+    code, result = house.tell(house.config())  # in a child of this process, which is patched alike
+    assert (code, result and result.status) == (0, "done")
+    assert refusals.read_text() == "xx" and only(house) == OUT
+
+
 def test_a_config_that_is_none(house: House) -> None:
     base = house.config()
     (house.home / "store" / "x").mkdir(parents=True)
@@ -369,6 +387,7 @@ def test_what_failed_leaves_no_files(
 
     monkeypatch.setattr(core_verbs, "run", run)
     monkeypatch.setattr(Store, "put_if_absent", failing)
+    monkeypatch.setattr(step, "COMMITTING_S", 0.0)
     with pytest.raises((UserError, TryAgain)):
         step.execute(config, store, tmp_path, {})
     # A bucket may still take a manifest that it did not answer to: its files are kept.
