@@ -13,7 +13,7 @@ test -x $(VENVS)/airflow/bin/orrery || { \
   fi; echo "nothing runs: the environments have not been made"; exit 0; }
 endef
 
-.PHONY: help demo replay replay-down test test-faults up down status check lock bench bench-gpu environments test-environments clean
+.PHONY: help demo replay replay-down test test-faults up down status check lock bench bench-gpu images environments test-environments clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,10 @@ bench: test-environments ## Benchmarks against the obvious alternatives; ONLY=na
 
 bench-gpu: environments ## On a machine with a GPU: bf16 throughput, checkpoints, SIGTERM
 	@$(VENVS)/ml/bin/python tests/benchmarks/bench_gpu.py
+
+images: ## Images of all environments, by docker, podman or buildah; ONLY="ml spark", FLAGS="--push …"
+	@$(PYTHON) docker/venv.py airflow
+	@$(VENVS)/airflow/bin/python docker/images.py $(ONLY) $(FLAGS)
 
 clean: down ## Remove all state (var/); environments stay
 	rm -rf var

@@ -34,6 +34,11 @@ LIGHT = (
     "placement",
     "costs",
     "effort",
+    "endings",
+    "faults",
+    "twin",
+    "lastwords",
+    "housekeeping",
 )
 LINT = [str(VENVS / "dev" / "bin" / "lint-imports"), "--no-cache", "--no-logo"]
 
