@@ -47,7 +47,10 @@ def lines_with(pattern: str, *, without: tuple[str, ...] = ()) -> list[str]:
 
 
 def test_no_path_of_this_machine() -> None:
-    assert lines_with(r"(?<![\w.}$)/-])/(work|opt|root|home/\w+)/(?!airflow|orrery|spark|ml/checkpoints|\.config/pip)") == []
+    assert (
+        lines_with(r"(?<![\w.}$)/-])/(work|opt|root|home/\w+)/(?!airflow|orrery|spark|ml/checkpoints|\.config/pip)")
+        == []
+    )
 
 
 def test_no_package_index() -> None:
