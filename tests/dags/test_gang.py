@@ -332,6 +332,15 @@ def test_a_pod_that_is_taken_away_is_one_interruption_and_the_next_attempt_goes_
         cluster.wait_for(lambda: not objects(cluster), "everything of the unit to go")
 
 
+def test_a_job_whose_worker_was_lost_before_its_service_is_given_one(landed: House, cluster: Cluster) -> None:
+    task = Gang(landed, cluster)
+    unit = trigger_of(task.attempt()).unit
+    cluster.do(lambda: cluster.objects.remove(SERVICES, cluster.objects.get(SERVICES, "orrery", unit)))
+    assert f"Service {unit}" not in objects(cluster)
+    assert trigger_of(task.attempt()).unit == unit
+    assert {f"Job {unit}", f"Service {unit}"} < set(objects(cluster))
+
+
 def test_what_cannot_be_spread_is_refused_before_anything_is_made(landed: House, cluster: Cluster) -> None:
     spec = landed.folder / "spec.yaml"
     spec.write_text(spec.read_text().replace("processes: 2", "processes: 3"))

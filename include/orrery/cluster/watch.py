@@ -31,6 +31,7 @@ from kubernetes_asyncio.client.exceptions import ApiException
 if TYPE_CHECKING:
     from kubernetes_asyncio.client import ApiClient
 
+RELIST = 3  # watches that failed in a row, after which all is listed anew
 LABEL = "orrery/unit"
 PAGE = 500  # pods per answer of a list
 FIRST_S, LONGEST_S = 0.2, 30.0  # pauses while the API server does not answer

@@ -190,6 +190,8 @@ class PodLauncher:
         for unit in there:
             if unit.state == "live" and unit.work == names.work(plan.config) and unit.folder:
                 log.warning("%s, whose worker was lost, is still at this work: it is taken up", unit.name)
+                if compute.pods > 1:
+                    self.cluster.complete(self._documents(plan, compute, unit.name))
                 return self._waits(plan, compute, unit.name, unit.address, unit.folder, unit.pods)
         # One that was told to go may be saving: the trigger waits for its end before it creates this one.
         after = [u.name for u in there if u.state != "dead"]
@@ -319,6 +321,22 @@ class Cluster:
         except (ApiException, HTTPError) as e:
             return _answer(e, first["metadata"]["name"])
         return None
+
+    def complete(self, documents: list[dict[str, Any]]) -> None:
+        """Create what a unit lacks whose worker was lost between its Job and its Service: the pods wait for that."""
+        first, *others = documents
+        try:
+            made = self._ask("GET", gang.address(first))
+        except (ApiException, HTTPError) as e:
+            log.warning("%s", _answer(e, first["metadata"]["name"]).message)
+            return
+        for document in others:
+            try:
+                self._ask("POST", gang.collection(document), gang.owned(document, made))
+            except (ApiException, HTTPError) as e:
+                refused = _answer(e, document["metadata"]["name"])
+                if refused.kind != "exists":
+                    log.warning("%s", refused.message)
 
     def units(self, folders: Iterable[str]) -> list[Unit]:
         """Return what is there of the attempts at these folders' slots, the newest first."""
