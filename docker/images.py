@@ -38,8 +38,6 @@ from orrery.errors import OrreryError, UserError, nearest
 ROOT = Path(__file__).resolve().parent.parent
 ENGINES = ("docker", "podman", "buildah")
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
-# Where torch's own builds are; the package index has CUDA builds alone.
-CPU_TORCH = "https://download.pytorch.org/whl/cpu"
 SHOWN = re.compile(r"^(STEP \d+/\d+: .*|#\d+ \[.*|\[\d+/\d+\] STEP .*|environment \S+: .*|\.venvs/\S+: .*)$")
 FROM_PIP = re.compile(r"^global\.([\w-]+)=('.*'|\".*\")$", re.MULTILINE)
 TAIL = 40
@@ -73,12 +71,15 @@ class Inputs:
 
     secrets: dict[str, Path] = field(default_factory=dict)
     wheels: Path | None = None
+    torch: str = ""  # uv's backend to take torch from; none: what the indexes have
 
     def flags(self) -> list[str]:
         """Return the flags of `build` that hand them over."""
         given = [f"--secret=id={name},src={file}" for name, file in self.secrets.items()]
         if self.wheels:
             given.append(f"--build-context=wheels={self.wheels}")
+        if self.torch:
+            given.append(f"--build-arg=UV_TORCH_BACKEND={self.torch}")
         return given + [f"--build-arg={name}" for name in PROXIES if os.environ.get(name)]
 
 
@@ -106,7 +107,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gpu", action="store_true", help="build with torch for CUDA")
     parser.add_argument("--base", help="the image to build on: Debian with Python 3.11, best by digest (name@sha256:…)")
     parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="wheels that no index has, such as torch's")
-    parser.add_argument("--torch-index", metavar="URL", help=f"where torch comes from; on CPUs {CPU_TORCH}")
+    parser.add_argument(
+        "--torch-index", metavar="URL", help="where torch comes from; on CPUs its own index when not given"
+    )
     parser.add_argument("--apt", type=Path, metavar="FILE", help="a debian.sources to use while building")
     parser.add_argument("--push", nargs="?", const="", metavar="PREFIX", help="push, under this registry and path")
     parser.add_argument("--verbose", action="store_true", help="show all that the engine prints")
@@ -189,8 +192,8 @@ def pip_configuration(args: argparse.Namespace, given: Inputs) -> str:
     extra = [u for u in pip_setting("extra-index-url").split() if urlsplit(u).scheme.startswith("http")]
     if args.torch_index:
         extra.append(args.torch_index)
-    elif not args.gpu and not given.wheels and not remote and not extra:
-        extra.append(CPU_TORCH)
+    elif not (args.gpu or given.wheels or remote or extra):
+        given.torch = "cpu"  # a package index has CUDA builds alone
     settings = {
         "index-url": pip_setting("index-url"),
         "extra-index-url": " ".join(extra),

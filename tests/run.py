@@ -53,7 +53,7 @@ def commands() -> dict[str, list[list[str]]]:
     for group, folders in FOLDERS.items():
         there = [f"tests/{f}" for f in folders if any((ROOT / "tests" / f).glob("test_*.py"))]
         groups[group] = [[binary(ENVIRONMENT[group], "pytest"), *there]] if there else []
-    scripts = ["docker/venv.py", "include/demo", "plugins", "dags"]
+    scripts = ["docker/venv.py", "docker/images.py", "docker/image/slim.py", "include/demo", "plugins", "dags"]
     groups["types"] = [[mypy, *python, "-p", "orrery"], [mypy, *python, *scripts]]
     return groups
 

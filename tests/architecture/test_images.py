@@ -252,8 +252,9 @@ def test_cpu_and_gpu_take_their_own_torch(house: House, tmp_path: Path) -> None:
     house.build("ml", PIP_FIND_LINKS=str(wheels))
     cpu, gpu, local = house.builds
     told = [next(t for t in dict(b["secrets"]).values() if t.startswith("[global]")) for b in (cpu, gpu, local)]  # type: ignore[call-overload]
-    assert "extra-index-url = https://download.pytorch.org/whl/cpu\n" in told[0]
-    assert "extra-index-url" not in told[1]
+    assert "--build-arg=UV_TORCH_BACKEND=cpu" in cpu["argv"]  # type: ignore[operator]
+    assert not any("UV_TORCH_BACKEND" in a for build in (gpu, local) for a in build["argv"])  # type: ignore[attr-defined]
+    assert not any("extra-index-url" in text for text in told)
     assert "find-links = /wheels\n" in told[2]
     assert "extra-index-url" not in told[2]
     assert "--build-arg=TORCH=cpu" in cpu["argv"]  # type: ignore[operator]
