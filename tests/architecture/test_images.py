@@ -200,7 +200,7 @@ class House:
         self.env |= {"PATH": str(self.path), "SEEN": str(self.seen), "PIP_CONFIG_FILE": os.devnull}
         for name in [n for n in self.env if n.startswith("PIP_") and n != "PIP_CONFIG_FILE"]:
             del self.env[name]
-        self.env |= {"PIP_INDEX_URL": "https://u:geheim@index.example.org/simple", "PIP_CERT": str(self.ca)}
+        self.env |= {"PIP_INDEX_URL": "https://u:geheim@index.example.org/wheels", "PIP_CERT": str(self.ca)}
 
     def engine(self, name: str) -> None:
         file = self.path / name
@@ -237,7 +237,7 @@ def test_a_build_gets_names_from_platform_and_secrets_by_file(house: House) -> N
     assert any("REVISION=" in w for w in argv)
     assert isinstance(one["secrets"], dict)
     pip = next(text for text in one["secrets"].values() if text.startswith("[global]"))
-    assert "index-url = https://u:geheim@index.example.org/simple\n" in pip
+    assert "index-url = https://u:geheim@index.example.org/wheels\n" in pip
     assert "cert = /run/secrets/ca.pem\n" in pip
     assert not any(Path(f).exists() for f in one["secrets"] if Path(f).name == "pip.conf")
     assert "123 MB" in said
