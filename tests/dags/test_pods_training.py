@@ -51,7 +51,7 @@ from pydantic import BaseModel
 from torch import nn
 
 class Params(BaseModel):
-    epochs: int = 8
+    epochs: int = 40
     batch_size: int = 128
     learning_rate: float = 0.01
 
