@@ -285,20 +285,19 @@ def record_skip(planner: Planner, request: Request, why: str) -> Result:
     return result
 
 
-def history(planner: Planner, request: Request, wait: Callable[[str], None] | None = None) -> list[Attempt]:
+def history(planner: Planner, request: Request, wait: Callable[[str], Ending | None] | None = None) -> list[Attempt]:
     """Return the earlier attempts of this request in this run, oldest first.
 
     Those whose orchestrator died before it could record them (also before the run was cleared) are put on record, once
-    `wait` has come back, which is given their folder: their step may still be saving.
+    `wait` has come back, which is given their folder (their step may still be saving) and returns how the machine ended
+    them, where that is still to be seen.
     """
     for run in (*request.cleared, request.run):
         folder = attempt_folder(request, run).rpartition("/")[0]
         numbers = sorted(int(n) for n in planner.store.names(folder) if n.isdecimal())
         for lost in (f"{folder}/{n}" for n in numbers if n < request.attempt):
             if planner.ledger.get(request.project, "run", lost, "done") is None:
-                if wait:
-                    wait(lost)
-                _record_lost(planner, request, lost)
+                _record_lost(planner, request, lost, wait(lost) if wait else None)
     return recorded(planner.ledger, request.project, request.run, request.task, request.key)
 
 
@@ -310,19 +309,19 @@ def recorded(ledger: Ledger, project: str, run: str, task: str, key: str | None 
     return attempts.of(e for e in found if attempts.folder_of(e.payload).startswith(mine))
 
 
-def _record_lost(planner: Planner, request: Request, folder: str) -> None:
-    """Record an attempt that nobody saw the end of, from what it has left in its folder."""
+def _record_lost(planner: Planner, request: Request, folder: str, ending: Ending | None) -> None:
+    """Record an attempt that nobody saw the end of, from what it has left in its folder and on its machine."""
     store = planner.store
     attempt, progress = attempts.read(store, folder), attempts.progress_of(store, folder)
     if attempt is None:
         return  # it had not begun
     try:
         result = read_result(
-            store, StepConfig.model_validate_json(store.read(f"{folder}/config.json")), -signal.SIGKILL
+            store, StepConfig.model_validate_json(store.read(f"{folder}/config.json")), ending or -signal.SIGKILL
         )
     except (FileNotFoundError, ValidationError, StepFailed):
         result = Result(status="bug", error=StepError(kind="StepVanished", message="it left no result"))
-    if attempts.cause(result) == "lost" and result.error is not None:
+    if attempts.cause(result) == "lost" and result.error is not None and ending is None:
         result.error.message = f"the worker of attempt {attempt.number} was lost, and its step left no result"
     ended = attempts.ended(attempt, result, progress, attempts.lost_wall(attempt, result, progress))
     payload = _payload(request.verb, request.key, folder, result, ended)

@@ -304,6 +304,46 @@ def test_an_attempt_that_is_started_twice_has_one_pod(task: Task) -> None:
     assert [e["status"] for e in task.entries()] == ["done"]
 
 
+def test_another_task_of_the_run_that_is_cleared_meanwhile_changes_nothing(task: Task) -> None:
+    deferral = task.attempt()
+    waiting = Waiting(deferral)
+    started(task.house)
+    task.run.clear_number = 1  # Airflow counts a clear for the whole run
+    go(task.house)
+    summary = task.go_on(deferral, waiting.end())
+    assert summary["output"] == task.house.manifests("train")[0].path
+    assert [e["status"] for e in task.entries()] == ["done"] and task.cluster.pods() == []
+
+
+def test_a_worker_that_is_lost_while_it_judges_leaves_the_pod_to_tell(task: Task) -> None:
+    deferral = task.attempt()
+    waiting = Waiting(deferral)
+    started(task.house)
+    task.cluster.nodes.oom(task.unit())
+    waiting.end()  # and the worker that goes on is killed before it has put anything on record
+    task.attempt()
+    (first,) = task.entries()
+    assert (first["attempt"]["cause"], first["attempt"]["number"]) == ("bug", 1)
+    assert "memory" in first["error"] and len(task.cluster.pods()) == 1
+
+
+@pytest.mark.parametrize(("code", "kind"), [(403, "config"), (503, "gone")])
+def test_a_cluster_that_stays_out_of_sight_is_given_up(
+    task: Task, code: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pod_trigger, "REFUSED_S", 0.5)
+    for pause in ("LOOK_S", "TROUBLE_S"):
+        monkeypatch.setattr(pod_trigger, pause, 0.1)
+    deferral = task.attempt()
+    deferral.trigger.blind = 1.5
+    waiting = Waiting(deferral)
+    started(task.house)
+    task.cluster.answer(code, "(list|watch) pods", times=10**6)
+    task.cluster.cut()
+    ending = waiting.end()["ending"]
+    assert (ending["kind"], ending["by"]) == (kind, "OutOfSight") and "out of sight for" in ending["message"]
+
+
 def test_a_triggerer_that_is_killed_leaves_the_pod_to_another(task: Task) -> None:
     deferral = task.attempt()
     waiting = Waiting(deferral)

@@ -58,6 +58,8 @@ class Task:
         self.house, self.player, self.number = house, player, 0
         self.xcom: dict[str, Any] = {}
         self.operator: Any = None
+        self.cleared = 0
+        self.carried: dict[str, Any] = {}
 
     def context(self) -> Any:
         ti = SimpleNamespace(
@@ -65,7 +67,7 @@ class Task:
             xcom_push=lambda key, value: self.xcom.__setitem__(key, value), xcom_pull=lambda **_: None,
         )  # fmt: skip
         run = SimpleNamespace(
-            dag_id="delays.train", run_id="r", run_type="manual", clear_number=0, conf={}, partition_key=None,
+            dag_id="delays.train", run_id="r", run_type="manual", clear_number=self.cleared, conf={}, partition_key=None,
             triggering_user_name="eve",
         )  # fmt: skip
         return {"ti": ti, "dag_run": run, "params": {"window": "2013-01..2013-01"}, "task_state_store": {}}
@@ -77,6 +79,7 @@ class Task:
         with pytest.raises(TaskDeferred) as deferred:
             self.operator.execute(self.context())
         assert (deferred.value.method_name, deferred.value.timeout) == ("job_ended", None)
+        self.carried = dict(deferred.value.kwargs)
         path, kwargs = deferred.value.trigger.serialize()
         assert path == "orrery.orchestration.job_trigger.JobTrigger"
         return JobTrigger(**json.loads(json.dumps(kwargs)))
@@ -90,7 +93,7 @@ class Task:
     def go_on(self, event: dict[str, Any]) -> dict[str, Any]:
         """Another worker goes on after the wait."""
         operator = SageMakerStepOperator(task_id="train", project="delays", verb="train", compute="cloud")
-        return dict(operator.job_ended(self.context(), event))
+        return dict(operator.job_ended(self.context(), event, **self.carried))
 
     def container(self, name: str) -> subprocess.Popen[str]:
         """Start what a job's container runs, on what it is given."""
@@ -183,6 +186,7 @@ def test_a_training_is_a_spot_job_and_its_money_is_in_the_ledger(task: Task, sag
     assert asked["EnableManagedSpotTraining"] and asked["StoppingCondition"]["MaxWaitTimeInSeconds"] == 6 * 3600
     assert asked["Environment"] == {"ORRERY_LOG": "json"}
     task.train(name)
+    task.cleared = 1  # another task of the run: Airflow counts a clear for the whole run
     sagemaker.end(
         name, BillableTimeInSeconds=900, TrainingTimeInSeconds=3600,
         SecondaryStatusTransitions=transitions(

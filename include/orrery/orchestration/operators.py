@@ -79,6 +79,8 @@ class StepOperator(BaseOperator):
         # both over the wait: found anew, earlier partitions would be others by then.
         self._groups: list[tuple[str, ...]] = []
         self._over: dict[str, str] = {}
+        # What the run was called when this attempt began to wait: who clears another of its tasks gives it a new name.
+        self._run: str | None = None
         self._faults: tuple[Fault, ...] = ()  # that are rehearsed; on a cluster none
 
     def execute(self, context: Context) -> dict[str, Any]:
@@ -135,6 +137,7 @@ class StepOperator(BaseOperator):
         ti, dag_run = context["ti"], context["dag_run"]
         if self.verb == "rollback":
             return [self._rollback(context, planner, asked)]
+        run = self._run or params.run_name(dag_run)
         actor, reason, force, keys = asked.actor, asked.reason, asked.force, asked.partitions
         if params.verb_of(dag_run) == "train":
             served = requests.of_run(planner.ledger, self.project, params.first_name(dag_run))
@@ -154,7 +157,7 @@ class StepOperator(BaseOperator):
                 project=self.project,
                 verb=self.verb,
                 partitions=group,
-                run=params.run_name(dag_run),
+                run=run,
                 task=params.task_name(ti),
                 attempt=ti.try_number,
                 actor=actor,
@@ -162,7 +165,7 @@ class StepOperator(BaseOperator):
                 force=force and (self.verb != "monitor" or group == keys),
                 options=self._options(context),
                 compute=self.compute,
-                cleared=params.cleared_names(dag_run),
+                cleared=tuple(name for name in params.cleared_names(dag_run) if name != run),
             )
             for group in groups
         ]
@@ -246,9 +249,10 @@ class StepOperator(BaseOperator):
         launch.stop = process.stop  # type: ignore[attr-defined]
         return launch
 
-    def _wait_for_end(self, planner: Planner, folder: str) -> None:
-        """Wait for the step of an earlier attempt whose worker is gone."""
+    def _wait_for_end(self, planner: Planner, folder: str) -> Ending | None:
+        """Wait for the step of an earlier attempt whose worker is gone; return how its machine ended it, if known."""
         wait_for_end(planner.store, folder, outlives(self.verb, planner.spec) + AFTER_SAVING_S)
+        return None
 
     def _source_secrets(self, planner: Planner) -> dict[str, str]:
         """Return the URLs of SQL sources, from Airflow's connections, for the ingest step's environment alone."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,9 @@ LOG_S = 15.0  # what is left of a log may take so long once the pod has ended
 FIRST_S, LONGEST_S = 2.0, 30.0  # pauses between two tries to create what was refused
 MARGIN_S = 10.0  # beside its grace, what an earlier pod that was told to go may take
 KILL_TRIES = 3
+# What no waiting mends, once it has lasted for so long: rights, or a connection that is not there any more.
+REFUSED = re.compile(r"\b(401|403)\b|AirflowNotFoundException|ConfigException")
+REFUSED_S = 600.0
 
 
 @contextlib.asynccontextmanager
@@ -74,6 +78,7 @@ class PodTrigger(BaseTrigger):
         wait_until: float,
         grace: float,
         silent: float,
+        blind: float,
         pods: int = 1,
         container: str = "base",
         documents: list[dict[str, Any]] | None = None,
@@ -85,20 +90,21 @@ class PodTrigger(BaseTrigger):
         self.connection, self.in_cluster = connection, in_cluster
         self.key, self.folder, self.began = key, folder, began
         self.wait_until, self.grace, self.silent = wait_until, grace, silent
-        self.pods, self.container = pods, container
+        self.blind, self.pods, self.container = blind, pods, container
         self.documents, self.after = documents or [], after or []
         # What the operator wants back with the event.
         self.carried = carried or {}
         # The connection's extra, for a wait inside of a worker; never serialized.
         self.extras: dict[str, Any] | None = None
         self._said: dict[str, str] = {}
+        self._blind_since = 0.0
         self._logs: dict[str, asyncio.Task[None]] = {}
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         """Return all that another triggerer needs to go on."""
         names = (
             *("unit", "address", "namespace", "connection", "in_cluster", "key", "folder", "began", "wait_until"),
-            *("grace", "silent", "pods", "container", "documents", "after", "carried"),
+            *("grace", "silent", "blind", "pods", "container", "documents", "after", "carried"),
         )
         return f"{type(self).__module__}.{type(self).__qualname__}", {name: getattr(self, name) for name in names}
 
@@ -229,6 +235,8 @@ class PodTrigger(BaseTrigger):
             self._tell(subscription, seen)
             if self._sees(subscription, seen) and (ending := seen.ending(now, **terms)) is not None:
                 return ending
+            if (ending := self._given_up(subscription.trouble, now)) is not None:
+                return ending
             if self.pods > 1 and len(seen.members) < self.pods and now > looked + EVENTS_S:
                 looked = now
                 await self._why_none(subscription.api)
@@ -236,6 +244,17 @@ class PodTrigger(BaseTrigger):
     def _sees(self, subscription: Subscription, seen: Seen) -> bool:
         """Tell whether anything can be judged: a deadline that passes while the cluster is silent says nothing."""
         return not subscription.trouble and (bool(seen.members) or (self.pods > 1 and subscription.absent))
+
+    def _given_up(self, trouble: str, now: float) -> Ending | None:
+        """Return an ending where the cluster has been out of sight for longer than the unit could have lived there."""
+        self._blind_since = (self._blind_since or now) if trouble else 0.0
+        blind_s = now - self._blind_since if trouble else 0.0
+        refused = REFUSED.search(trouble)
+        if blind_s < (min(REFUSED_S, self.blind) if refused else self.blind):
+            return None
+        told = f"{self.unit} has been out of sight for {blind_s:.0f} s: {trouble}"
+        hint = "kubernetes.connection in platform.yaml, and the rights of Airflow's service account"
+        return Ending(kind="config" if refused else "gone", message=told, hint=hint, by="OutOfSight")
 
     def _soon(self, subscription: Subscription, seen: Seen, due: float | None) -> float:
         """Return for how many seconds to wait for news at most."""

@@ -21,7 +21,7 @@ from urllib3.exceptions import HTTPError
 
 from orrery import attempts, platform
 from orrery.cluster import answers, gang, names, template, units
-from orrery.cluster.judge import readable
+from orrery.cluster.judge import Seen, readable
 from orrery.cluster.units import Unit
 from orrery.contract import VERBS, Result, StepConfig
 from orrery.endings import Ending
@@ -42,6 +42,7 @@ JSON = {"Accept": "application/json", "Content-Type": "application/json"}
 ANSWER_S = 30.0
 LOOK_S = 1.0  # between two looks at a lost attempt's pod that is saving its state
 MARGIN_S = 10.0  # beside its grace, what a pod that was told to go may take
+LATER_S = 3600.0
 # An effect on the champion is waited for by its worker, within the task's own time.
 BEFORE_TIMEOUT_S = 60.0
 
@@ -88,7 +89,7 @@ class PodStepOperator(StepOperator, KubernetesPodOperator):
         """Go on after a wait; returns and raises what `execute` does."""
         carried = event["carried"]
         self._over, self._groups = dict(carried["over"]), [tuple(group) for group in carried["groups"]]
-        self._event = event
+        self._event, self._run = event, carried["run"]
         return self.execute(context)
 
     def _one(self, context: Context, planner: Planner, request: Request) -> Result:
@@ -101,7 +102,9 @@ class PodStepOperator(StepOperator, KubernetesPodOperator):
         except PodStarted as e:
             self._push_known(context, e.trigger.folder)
             # By the event rather than by the deferral's own arguments, which `dag.test()` forgets.
-            e.trigger.carried = {"over": self._over, "groups": [list(group) for group in self._groups]}
+            e.trigger.carried = {
+                "run": request.run, "over": self._over, "groups": [list(group) for group in self._groups]
+            }  # fmt: skip
             # No timeout: the pod has its own (`timeout` of the class), and waiting for a machine is bounded by `wait`.
             self.defer(trigger=e.trigger, method_name="pod_ended", timeout=None)
             raise AssertionError("deferred") from None
@@ -109,8 +112,8 @@ class PodStepOperator(StepOperator, KubernetesPodOperator):
     def _make_launcher(self, context: Context, planner: Planner) -> Any:
         return PodLauncher(self, context, planner, self._told[-1].request)
 
-    def _wait_for_end(self, planner: Planner, folder: str) -> None:
-        """Wait for a lost attempt's pod that was told to go and is saving; remove one that has ended."""
+    def _wait_for_end(self, planner: Planner, folder: str) -> Ending | None:
+        """Wait for a lost attempt's pod that was told to go and is saving; remove one that has ended, and say how."""
         compute = planner.platform.compute_class(_compute_of(planner, folder, self.compute))
         grace = template.grace(compute, outlives(self.verb, planner.spec))
         cluster, until = Cluster(self, planner), time.monotonic() + grace + MARGIN_S
@@ -121,9 +124,12 @@ class PodStepOperator(StepOperator, KubernetesPodOperator):
                 break
             log.info("%s of attempt %s is being stopped: waiting for its end", ending[0].name, ending[0].attempt)
             time.sleep(LOOK_S)
+        ended = None
         for unit in mine:
             if unit.state == "dead":
+                ended = cluster.ending(unit, grace)
                 cluster.delete(unit.address)
+        return ended
 
     def _conclude(self, context: Context, planner: Planner, request: Request, event: dict[str, Any]) -> Result:
         """Judge the unit by what it left, and record the attempt."""
@@ -254,6 +260,7 @@ class PodLauncher:
             wait_until=now + seconds(compute.wait),
             grace=float(template.grace(compute, plan.outlive)),
             silent=float(seconds(cluster.silent_node)),
+            blind=float(seconds(compute.timeout) + seconds(compute.wait)),
             pods=pods,
             container=container or template.CONTAINER,
         )
@@ -343,6 +350,16 @@ class Cluster:
         chosen = names.selector(dict.fromkeys(names.slot(self._planner.store.uri, f) for f in folders))
         found = [document for kind in self._kinds() for document in self._list(kind, chosen)]
         return list(units.found(found).values())
+
+    def ending(self, unit: Unit, grace: float) -> Ending | None:
+        """Return how a unit has ended, by those of its pods that are there still."""
+        cluster, now = self._planner.platform.kubernetes, time.time()
+        container = gang.make(cluster.ranks).container if unit.pods > 1 else None
+        seen = Seen(unit=unit.name, pods=unit.pods, container=container or template.CONTAINER)
+        for pod in self._list("Pod", f"{names.UNIT}={unit.name}"):
+            seen.update(pod, now)
+        # As of later: whatever might have been waited for to be told has been told.
+        return seen.ending(now + LATER_S, wait_until=now, grace=grace, silent=float(seconds(cluster.silent_node)))
 
     def delete(self, address: str, *, force: bool = False) -> None:
         """Delete an object and all that it owns; what cannot be deleted is said, and left to the housekeeping."""

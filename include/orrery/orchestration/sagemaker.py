@@ -14,6 +14,7 @@ from orrery import attempts, platform
 from orrery.cloud import client, jobs
 from orrery.cloud.jobs import Job, Seen
 from orrery.contract import VERBS, Result, StepConfig
+from orrery.endings import Ending
 from orrery.errors import TRY_AGAIN, USER, OrreryError, SpecError, TryAgain, UserError
 from orrery.local import interpreter, step_environment
 from orrery.orchestration.job_trigger import JobTrigger
@@ -58,9 +59,9 @@ class SageMakerStepOperator(StepOperator):
         self.operator_extra_links = (*self.operator_extra_links, SageMakerLink())
         self._ended: dict[str, Any] | None = None
 
-    def job_ended(self, context: Context, event: dict[str, Any]) -> dict[str, Any]:
+    def job_ended(self, context: Context, event: dict[str, Any], run: str | None = None) -> dict[str, Any]:
         """Go on after the wait; returns and raises what `execute` does."""
-        self._ended = event
+        self._ended, self._run = event, run
         return self.execute(context)
 
     def _one(self, context: Context, planner: Planner, request: Request) -> Result:
@@ -71,13 +72,13 @@ class SageMakerStepOperator(StepOperator):
         except JobStarted as e:
             self._push_job(context, e.job, e.region)
             # No timeout: SageMaker ends a job by max_run and max_wait, and the time in the triggerer is no worker's.
-            self.defer(trigger=e.trigger(), method_name="job_ended", timeout=None)
+            self.defer(trigger=e.trigger(), method_name="job_ended", kwargs={"run": request.run}, timeout=None)
             raise AssertionError("deferred") from None
 
     def _make_launcher(self, context: Context, planner: Planner) -> Any:
         return JobLauncher(planner, self._told[-1].request)
 
-    def _wait_for_end(self, planner: Planner, folder: str) -> None:
+    def _wait_for_end(self, planner: Planner, folder: str) -> Ending | None:
         """Wait for a job that was told to stop and is saving: the next attempt goes on from what it saves."""
         settings = planner.platform.compute_class(self.compute).sagemaker
         slot = jobs.slot(planner.store.uri, folder)
@@ -85,9 +86,10 @@ class SageMakerStepOperator(StepOperator):
         while time.monotonic() < until:
             there = client.running(slot, settings.region if settings else None)
             if not any(s == "Stopping" and jobs.attempt_of(j, slot) == number for j, s in there.items()):
-                return
+                break
             log.info("the job of attempt %s is being stopped: waiting for its end", number)
             time.sleep(LOOK_S)
+        return None  # the job's own result, or its lack, is judged like any lost one's
 
     def _conclude(self, context: Context, planner: Planner, request: Request, event: dict[str, Any]) -> Result:
         """Judge the job by what it left, and record the attempt."""
