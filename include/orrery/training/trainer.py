@@ -260,6 +260,7 @@ class Trainer:
                 few = Batch(*(t.to(self.device) for t in chunk))
                 total += self._losses(self._forward(few), few.label).sum(dtype=torch.float64)
                 self.control.tick(False)
+        self.control.anew()  # steps take longer than chunks: by the chunks' pace a SIGTERM would not be heard for long
         return self._sum(total) / part.rows
 
     def _losses(self, output: Tensor, label: Tensor) -> Tensor:
