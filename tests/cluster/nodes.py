@@ -23,6 +23,7 @@ from cluster.objects import (
     condition,
     is_over,
     matcher,
+    now,
     quantity,
     requests_of,
     set_condition,
@@ -220,6 +221,19 @@ class Nodes:
     @failure
     def power_on(self, node: str = NODE) -> None:
         """The machine is back: its kubelet finds the containers of its pods gone."""
+        ended = {"exitCode": 137, "reason": "ContainerStatusUnknown", "startedAt": None, "finishedAt": None,
+                 "message": "The container could not be located when the pod was terminated"}  # fmt: skip
+        self._back(node, ended)
+
+    @failure
+    def reboot(self, node: str = NODE) -> None:
+        """A power cycle that nobody misses in time: containerd still knows its containers, which it finds dead."""
+        self._off.add(node)
+        for pod in self._on(node):
+            self._worker(pod).vanish()
+        self._back(node, {"exitCode": 255, "reason": "Unknown", "startedAt": now(), "finishedAt": now()})
+
+    def _back(self, node: str, ended: Object) -> None:
         self._off.discard(node)
 
         def back(machine: Object) -> None:
@@ -234,8 +248,6 @@ class Nodes:
 
             def lost(obj: Object) -> None:
                 obj["status"]["phase"] = "Failed"
-                ended = {"exitCode": 137, "reason": "ContainerStatusUnknown", "startedAt": None, "finishedAt": None,
-                         "message": "The container could not be located when the pod was terminated"}  # fmt: skip
                 for status in obj["status"].get("containerStatuses") or []:
                     status |= {"state": {"terminated": ended}, "ready": False, "started": False}
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orrery.cluster.judge import EVENTS, INDEX, MARGIN_S, SETTLE_S, Member, Seen, explained, readable, size
+from orrery.cluster.judge import EVENTS, HEARD_S, INDEX, MARGIN_S, SETTLE_S, Member, Seen, explained, readable, size
 from orrery.contract import StepConfig
 from orrery.endings import JUDGED, Ending, without_result
 
@@ -338,6 +338,7 @@ def test_evicted_by_the_kubelet_for_pressure(message: str, code: int | None) -> 
     [
         "Pod ephemeral local storage usage exceeds the total limit of containers 10Gi. ",
         'Usage of EmptyDir volume "tmp" exceeds the limit "10Gi". ',
+        "Container base exceeded its local ephemeral storage limit 10Gi. ",
     ],
 )
 def test_evicted_for_its_own_disk_is_no_interruption(message: str) -> None:
@@ -425,6 +426,11 @@ def test_a_silent_node_whose_pod_is_forced_away() -> None:
 def test_a_machine_that_has_restarted() -> None:
     doc = ended(LIVES, 137, "ContainerStatusUnknown", "The container could not be located when the pod was terminated")
     assert Story(LIVES, doc).how == ("node_lost", "ContainerStatusUnknown")
+    # containerd's own words for what it finds dead after a power cycle, in time and late.
+    back = ended(LIVES, 255, "Unknown")
+    assert Story(LIVES, back).how == ("node_lost", "Unknown")
+    assert Story(LIVES, unheard(LIVES), back).how == ("node_lost", "Unknown")
+    assert Story(LIVES, ended(LIVES, 255)).how == ("exited", "Error")
     story = Story(LIVES, why(LIVES, "NodeAffinity", "Predicate NodeAffinity failed"))
     assert story.how == ("node_lost", "NodeAffinity")
 
@@ -773,10 +779,80 @@ def test_one_runs_out_of_memory() -> None:
 
 def test_a_bug_of_one_is_not_the_interruption_that_the_job_makes_of_it() -> None:
     """When one pod has failed, the Job's controller deletes the others, which save and exit 143."""
-    story = ranks().tell(ended(rank(1), 1), deleting(rank(0)), ended(deleting(rank(0)), 143))
+    others = [0, 2, 3]
+    story = ranks().tell(ended(rank(1), 1), *(deleting(rank(n)) for n in others))
+    assert story.end is None, "nothing is known of the others yet"
+    story.tell(*(ended(deleting(rank(n)), 143) for n in others))
     assert story.how == ("exited", "Error")
     assert story.end is not None
     assert ("node 1" in story.end.message, story.end.code) == (True, 1)
+
+
+def test_the_peer_of_a_dead_node_ends_before_the_node_is_missed() -> None:
+    """Keep-alive tells a rank of it after 20 s, the node controller the cluster after 40; the Job deletes the lost."""
+    story = ranks(2).later(20).tell(ended(rank(0), 1), deleting(rank(1)))
+    assert story.end is None
+    assert story.due == pytest.approx(GRACE + MARGIN_S)
+    story.tell(deleting(unheard(rank(1))), after=25)
+    assert story.how == ("node_lost", "NodeNotReady")
+    assert story.end is not None
+    assert "node 1 of the training is why the others ended" in story.end.message
+
+
+def test_the_leaders_own_node_is_dead() -> None:
+    story = ranks(2).later(20).tell(ended(rank(1), 1), deleting(rank(0)))
+    began = story.now
+    story.tell(deleting(unheard(rank(0))), after=30)
+    while story.end is None:
+        assert story.due is not None
+        story.later(story.due)
+    assert story.how == ("node_lost", "NodeNotReady")
+    assert story.now <= began + GRACE + MARGIN_S
+    # So it is where the cluster never says that the node is silent: it does not let go of the pod.
+    story = ranks(2).tell(ended(rank(1), 1), deleting(rank(0)))
+    while story.end is None:
+        assert story.due is not None
+        story.later(story.due)
+    assert story.how == ("node_lost", "")
+
+
+@pytest.mark.parametrize("grace", [5, 120])
+def test_what_is_waited_for_is_bounded(grace: int) -> None:
+    """A rank that ended by itself, and another that goes on: nobody deletes it, its node is well."""
+    story = ranks(2).tell(ended(rank(0), 1))
+    assert story.due == pytest.approx(HEARD_S)
+    assert story.later(HEARD_S).how == ("exited", "Error")
+    slow = ranks(2).tell(ended(rank(0), 1), deleting(rank(1), grace))
+    assert slow.due == pytest.approx(grace + MARGIN_S)
+    slow.later(grace).gone(ended(deleting(rank(1), grace), 137), rank(1)["metadata"]["name"])
+    assert slow.how == ("exited", "Error")
+    assert slow.end is not None
+    assert "node 0 of the training ended first" in slow.end.message
+
+
+def test_one_that_has_never_run_is_not_waited_for() -> None:
+    story = Story(rank(0), unschedulable(pod("b", "b", 1), NO_GPU), pods=2)
+    assert story.tell(ended(rank(0), 75)).how == ("exited", "Error")
+
+
+def test_one_that_is_told_to_go_before_and_after_the_first_end() -> None:
+    story = ranks(2).tell(ended(rank(0), 1), disrupted(rank(1), *TAINT))
+    assert story.how == ("interrupted", TAINT[0])
+    assert story.end is not None
+    assert TAINT[1] in story.end.message
+    by_hand = ranks(2).tell(deleting(rank(1)), ended(rank(0), 1))
+    assert by_hand.how == ("interrupted", "deleted")
+    by_hand.tell(ended(deleting(rank(1)), 143))
+    assert by_hand.how == ("interrupted", "deleted")
+    # All at one moment, as from a list after the watch was away: the Job deleted it.
+    story = ranks(2)
+    story.tell(ended(rank(0), 1)).tell(deleting(rank(1)), after=0)
+    assert story.end is None
+
+
+def test_one_whose_node_has_restarted_explains_the_others() -> None:
+    story = ranks(2).tell(ended(rank(0), 1), deleting(rank(1)), ended(deleting(rank(1)), 255, "Unknown"))
+    assert story.how == ("node_lost", "Unknown")
 
 
 def test_one_has_a_silent_node() -> None:

@@ -133,6 +133,7 @@ WAYS = [
     Way("deleted", lambda t: t.cluster.nodes.delete(t.unit()), "interrupted", "deleted", *MESSAGES),
     Way("node removed", lambda t: t.cluster.nodes.power_off(), "interrupted", "DeletionByPodGC", *MESSAGES, dead=True),
     Way("node silent", lambda t: t.cluster.nodes.power_off(deleted=False), "node_lost", "NodeNotReady|DeletionByTaintManager", *MESSAGES, dead=True),
+    Way("node restarted", lambda t: t.cluster.nodes.reboot(), "node_lost", "Unknown", *MESSAGES, dead=True),
     Way("out of memory", lambda t: t.cluster.nodes.oom(t.unit()), "out_of_memory", "OOMKilled", "bug", "code", StepFailed, dead=True),
     Way("killed", lambda t: t.cluster.nodes.kill(t.unit()), "exited", "Error", "lost", "losses", StepVanished, dead=True),
     Way("exit code 0", lambda t: t.cluster.nodes.end(0, t.unit()), "exited", "", "lost", "losses", StepVanished, dead=True),

@@ -20,6 +20,7 @@ from orrery.endings import Ending, Kind
 
 CONTAINER = "base"  # as the pod operator calls it; what a cluster injects beside it does not count
 MARGIN_S = 10.0  # from when a pod should be gone until it is taken for lost: the kubelet's own slowness
+HEARD_S = 60.0  # from a rank's end by itself until its peer's node, if that has died, is missed: 40-50 s of silence
 SETTLE_S = 2.0  # from a container's death by a signal until nothing more is expected to say why
 LONGEST = 1500  # characters of others' words in a message
 INDEX = "batch.kubernetes.io/job-completion-index"
@@ -54,7 +55,7 @@ PASSES = re.compile(
 )
 # What the kubelet says between two tries to pull, before 1.31 without the reason.
 HOLDS_BACK = re.compile(r'Back-off pulling image "[^"]*"')
-OWN_DISK = re.compile(r"exceeds the (total )?limit", re.IGNORECASE)
+OWN_DISK = re.compile(r"exceed(s|ed) (the (total )?limit|its local)", re.IGNORECASE)
 # Ready goes False for these without the node being silent.
 NOT_SILENT = frozenset({"ContainersNotReady", "ReadinessGatesNotReady", "PodCompleted", "PodFailed"})
 # What an event about a pod that is gone without a word says of why.
@@ -217,7 +218,7 @@ class Member(BaseModel):
     def ending(self, now: float, wait_until: float, silent: float) -> Ending | None:
         """Return how it ended, or cannot go on; None: it goes on."""
         if self.ended:
-            return self._ended(now)
+            return self.over(now)
         if self.gone_by is not None and now >= self.gone_by + MARGIN_S:
             return self._made("node_lost", f"was told to go, and nobody saw it end{self._late(now)}", self.told)
         if self.silent_at is not None and now >= self.silent_at + silent:
@@ -259,11 +260,30 @@ class Member(BaseModel):
         return self.disruption or taken
 
     @property
+    def lost(self) -> bool:
+        """Whether its container's end was not seen: a node that was cut off or restarted has found it gone."""
+        return self.reason == "ContainerStatusUnknown" or (self.reason == "Unknown" and self.code == 255)
+
+    @property
     def primary(self) -> bool:
         """Whether its end explains others', rather than follows from them."""
         return bool(self.told) or self.reason == "OOMKilled" or self.status_reason == "DeadlineExceeded"
 
-    def _ended(self, now: float) -> Ending | None:
+    def asked(self, began: float | None) -> bool:
+        """Whether it was told to go; once a pod has ended (`began`), the Job deletes the others, which tells nothing."""
+        return bool(self.told) or (self.deleted_at is not None and began is not None and self.deleted_at < began)
+
+    def cause(self, began: float | None, now: float) -> Ending | None:
+        """Return what it is likely to end by, where others have ended by themselves (since `began`) and it has not."""
+        if self.silent_at is not None:
+            told = f"its node has been silent for {now - self.silent_at:.0f} s"
+            return self._made("node_lost", told, self.told or "NodeNotReady")
+        if self.asked(began):
+            return self._made("interrupted", f"is told to go: {self._interruption()}", self.told or "deleted")
+        return None
+
+    def over(self, now: float) -> Ending | None:
+        """Return how it ended; None: it may still be told."""
         if self.status_reason == "DeadlineExceeded":
             return self._made("deadline", self.status_message or "ran longer than it may", "DeadlineExceeded", DEADLINE)
         if self.reason == "OOMKilled" and not self.init:
@@ -279,7 +299,7 @@ class Member(BaseModel):
         if self.reason in NOT_STARTED:
             return self._made("config", f"could not be started: {self.words or self.reason}", self.reason, CONFIGURE)
         silent = self.silent_at is not None and self.code is None
-        if silent or self.reason == "ContainerStatusUnknown" or REFUSED.match(self.status_reason):
+        if silent or self.lost or REFUSED.match(self.status_reason):
             by = "NodeNotReady" if silent else self.reason or self.status_reason
             return self._made("node_lost", "was lost with its node", by)
         if self.code is None and self.gone:
@@ -328,7 +348,7 @@ class Member(BaseModel):
 
     def _interruption(self) -> str:
         words = dict.fromkeys(filter(None, (self.disruption, self.disruption_message, self._status())))
-        return "; ".join(words)
+        return "; ".join(words) or "somebody deleted it"
 
     def _late(self, now: float) -> str:
         return "" if self.deleted_at is None else f" {now - self.deleted_at:.0f} s later"
@@ -433,7 +453,7 @@ class Seen(BaseModel):
     def due(self, now: float, *, wait_until: float, grace: float, silent: float) -> float | None:
         """Return when to ask `ending` again although nothing has changed; None: no need to."""
         times = [m.due(now, wait_until, silent) for m in self.members.values()]
-        patience = self._patience(grace)
+        patience = self._patience(now, grace)
         if len(self.members) < self.pods and patience is None:
             times.append(wait_until)
         times.append(patience)
@@ -452,34 +472,69 @@ class Seen(BaseModel):
                 return end  # it will never run, or is lost: the others wait for it in vain
         if len(ends) == self.pods and not broken:
             return ends[0][1]
-        patience = self._patience(grace)
-        over = len(ends) == self.pods or (leader is not None and leader.ended)
-        if broken and (over or (patience is not None and now >= patience)):
-            return self._first(broken)
+        patience = self._patience(now, grace)
+        if broken and (len(ends) == self.pods or patience is None or now >= patience):
+            return self._first(broken, now)
         if patience is None and len(self.members) < self.pods and now >= wait_until:
             return Ending(kind="unplaced", message=f"unit {self.unit}: {self.waiting()}", hint=PLACE)
         return None
 
-    def _first(self, broken: list[tuple[Member, Ending]]) -> Ending:
-        """Return the end that the others follow from: what was done to a pod, else what ended first, by itself."""
+    def _first(self, broken: list[tuple[Member, Ending]], now: float) -> Ending:
+        """Return the end that the others follow from.
+
+        That is what was done to a pod; else that a pod which has not ended is told to go, or its node silent; else
+        what ended first, by itself.
+        """
+        began = self._began
 
         def order(each: tuple[Member, Ending]) -> tuple[int, float]:
             member, end = each
-            outside = member.primary or end.kind in ("node_lost", "config", "image")
-            follows = end.kind in ("interrupted", "gone") and not member.told
-            return (0 if outside else 2 if follows else 1), member.ended_at or 0.0
+            if self._explains(member, end):
+                return 0, member.ended_at or 0.0
+            return (2 if end.kind in ("interrupted", "gone") else 1), member.ended_at or 0.0
 
         member, end = min(broken, key=order)
-        rank = "" if member.index is None else f"node {member.index} of the training ended first: "
-        return end.model_copy(update={"message": f"{rank}{end.message}" if self.pods > 1 else end.message})
+        if not self._explains(member, end):
+            for other in self._left():
+                if (cause := other.cause(began, now)) is not None:
+                    member, end = other, cause
+                    break
+        if self.pods == 1 or member.index is None:
+            return end
+        how = "ended first" if member.ended else "is why the others ended"
+        return end.model_copy(update={"message": f"node {member.index} of the training {how}: {end.message}"})
 
-    def _patience(self, grace: float) -> float | None:
-        """Return until when the leader may take to end after another pod has, or None."""
-        leader = self.leader
-        if self.pods == 1 or (leader is not None and leader.ended):
+    def _explains(self, member: Member, end: Ending) -> bool:
+        """Tell whether an end is no other's consequence."""
+        return member.primary or end.kind in ("node_lost", "config", "image") or member.asked(self._began)
+
+    def _patience(self, now: float, grace: float) -> float | None:
+        """Return until when the others may take to end after a pod has, or what became of them be told; or None."""
+        began, leader = self._began, self.leader
+        if self.pods == 1 or began is None:
             return None
+        times = [] if leader is not None and leader.ended else [began + grace + MARGIN_S]
+        left = self._left()
+        if left and not any(m.cause(began, now) for m in left) and not self._explained(now):
+            # A rank that has lost its peer knows it sooner than the cluster does.
+            by = [m.gone_by + MARGIN_S for m in left if m.gone_by is not None]
+            times.append(max(began + HEARD_S, *by) if by else began + HEARD_S)
+        return max(times, default=None)
+
+    def _explained(self, now: float) -> bool:
+        """Tell whether a pod has ended by more than itself or another's end."""
+        ends = [(m, m.over(now)) for m in self.members.values() if m.ended and m.code != 0]
+        return any(end is not None and self._explains(m, end) for m, end in ends)
+
+    @property
+    def _began(self) -> float | None:
+        """When the first pod ended badly."""
         ended = [m.ended_at for m in self.members.values() if m.ended and m.code != 0 and m.ended_at is not None]
-        return min(ended) + grace + MARGIN_S if ended else None
+        return min(ended, default=None)
+
+    def _left(self) -> list[Member]:
+        """Return the pods that have run and not ended."""
+        return [m for m in self._ordered() if m.started and not m.ended]
 
     def _ordered(self) -> list[Member]:
         return sorted(self.members.values(), key=lambda m: (m.index is None, m.index or 0, m.name))
