@@ -76,8 +76,10 @@ def test_an_indexed_job_and_its_service() -> None:
     )
     assert spec["podReplacementPolicy"] == "Failed" and "suspend" not in spec
     assert [rule["action"] for rule in spec["podFailurePolicy"]["rules"]] == ["FailJob", "FailJob"]
-    # The pods' own deadline counts from their start and is judged; the Job's ends what nobody watches any more.
-    assert template["spec"]["activeDeadlineSeconds"] == 600 < spec["activeDeadlineSeconds"] == 600 + 900 + 40
+    # A pod's own deadline counts from its start, of which it may wait 900 s for the others, and is judged; the Job's
+    # ends what nobody watches any more.
+    assert template["spec"]["activeDeadlineSeconds"] == 600 + 900
+    assert spec["activeDeadlineSeconds"] == 600 + 900 + 900 + 40
     assert template["metadata"]["labels"] == POD["metadata"]["labels"] and "name" not in template["metadata"]
     assert template["spec"]["restartPolicy"] == "Never" and template["spec"]["subdomain"] == UNIT
     index = {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
@@ -104,11 +106,12 @@ def test_a_pytorchjob() -> None:
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     assert gang.address(job) == f"/apis/kubeflow.org/v1/namespaces/orrery/pytorchjobs/{UNIT}"
     policy, specs = job["spec"]["runPolicy"], job["spec"]["pytorchReplicaSpecs"]
-    assert (policy["cleanPodPolicy"], policy["backoffLimit"], policy["activeDeadlineSeconds"]) == ("Running", 0, 1540)
+    assert (policy["cleanPodPolicy"], policy["backoffLimit"], policy["activeDeadlineSeconds"]) == ("Running", 0, 2440)
     assert {kind: (s["replicas"], s["restartPolicy"]) for kind, s in specs.items()} == {
         "Master": (1, "Never"), "Worker": (2, "Never")
     }  # fmt: skip
     for replica in specs.values():
+        assert replica["template"]["spec"]["activeDeadlineSeconds"] == 1500
         assert replica["template"]["spec"]["containers"][0]["name"] == ranks.container == "pytorch"
         assert variables(replica["template"]) == {"TMPDIR": "/tmp", "ORRERY_NODES": "3", "ORRERY_PATIENCE": "900"}
         assert replica["template"]["metadata"]["labels"]["orrery/unit"] == UNIT

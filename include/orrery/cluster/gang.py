@@ -184,6 +184,9 @@ def _template(gang: Gang, pod: Json, unit: str, pods: int, wait: float) -> Json:
     metadata = {"labels": labels, "annotations": given["metadata"].get("annotations") or {}}
     spec = {k: v for k, v in given["spec"].items() if k not in ("hostname", "subdomain", "nodeName")}
     spec["restartPolicy"] = "Never"
+    if (own := spec.get("activeDeadlineSeconds")) is not None:
+        # A pod's time counts from its own start, and it may wait so long for the last of the others.
+        spec["activeDeadlineSeconds"] = int(own + wait)
     step = spec["containers"][0]
     told = {"ORRERY_NODES": pods, "ORRERY_PATIENCE": int(wait)}
     step["env"] = [*(step.get("env") or ()), *({"name": name, "value": str(value)} for name, value in told.items())]
@@ -195,7 +198,10 @@ def _metadata(template: Json, unit: str, namespace: str) -> Json:
 
 
 def _deadline(spec: Json, wait: float) -> Json:
-    """Return when the whole is given up. Each pod has its own deadline, which is judged; this one ends an orphan."""
+    """Return when the whole is given up. Each pod has its own deadline, which is judged; this one ends an orphan.
+
+    `spec`: the pods', the last of which may start so late as `wait`.
+    """
     own = spec.get("activeDeadlineSeconds")
     return (
         {}
