@@ -142,6 +142,7 @@ def test_the_grace_is_the_classs_or_what_the_step_needs(
 def test_a_gpu_is_called_what_the_cluster_calls_it() -> None:
     made = arguments(Compute(gpu=2, gpu_resource="amd.com/gpu", priority_class="high"), plan(), pull_secrets=["reg"])
     assert made["container_resources"].limits["amd.com/gpu"] == "2" and "cpu" not in made["container_resources"].limits
+    assert variables(made)["ORRERY_GPUS"] == "2" and "ORRERY_GPUS" not in variables(arguments(Compute(), plan()))
     assert made["priority_class_name"] == "high" and made["image_pull_secrets"][0].name == "reg"
 
 
@@ -160,6 +161,14 @@ def test_a_password_is_not_written_into_a_pod() -> None:
     with pytest.raises(UserError, match="MLFLOW_TRACKING_URI holds a password") as refused:
         arguments(Compute(), plan(environment=given))
     assert "s3cret" not in str(refused.value)
+
+
+def test_a_store_that_is_a_folder_is_doubted_before_a_pod_is_made(caplog: pytest.LogCaptureFixture) -> None:
+    arguments(Compute(), plan())
+    assert caplog.messages == []
+    arguments(Compute(), plan(store="file:///var/store"))
+    (said,) = caplog.messages
+    assert all(part in said for part in ("file:///var/store", "platform.yaml", "ORRERY_STORE", "s3://bucket/prefix"))
 
 
 def test_several_pods_are_for_trainings() -> None:
@@ -207,6 +216,29 @@ def test_a_job_is_one_unit_with_its_pods_and_ends_when_one_of_them_is_ending() -
     (unit,) = units.found([pod(), job, pod(deleted=True)]).values()
     assert (unit.state, unit.pods) == ("ending", 2) and "/jobs/" in unit.address
     assert [u.attempt for u in units.found([pod(1), pod(3), pod(2)]).values()] == [3, 2, 1]
+
+
+@pytest.mark.parametrize("kind", ["Job", "PyTorchJob"])
+def test_pods_of_a_job_that_is_deleted_are_ending_before_the_garbage_collector_says_so(kind: str) -> None:
+    job = pod(kind=kind)
+    job["metadata"]["uid"] = "u-1"
+    owner = {"kind": kind, "name": job["metadata"]["name"], "uid": "u-1", "controller": True}
+    owned = [pod(), pod(phase="Pending"), pod(phase="Succeeded")]
+    for each in owned:
+        each["metadata"]["ownerReferences"] = [owner]
+    (unit,) = units.found([*owned, job]).values()
+    assert unit.state == "live"
+    (unit,) = units.found(owned).values()
+    assert unit.state == "ending"
+    # A Job of the same name that was made since is another one.
+    job["metadata"]["uid"] = "u-2"
+    (unit,) = units.found([*owned, job]).values()
+    assert unit.state == "ending"
+    (unit,) = units.found(owned[2:]).values()
+    assert unit.state == "dead"  # nothing of it runs
+    owner |= {"kind": "Workflow"}  # another's, and no unit of ours is made of it
+    (unit,) = units.found(owned).values()
+    assert unit.state == "live"
 
 
 # -- what a refusal means ------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from orrery.cluster import gang, names
 
 State = Literal["live", "ending", "dead"]
+JOBS = frozenset({"Job", "PyTorchJob"})
 ENDED = frozenset({"Succeeded", "Failed"})
 # Conditions of a Job, and of Kubeflow's, that has nothing left to do.
 OVER = frozenset({"Complete", "Failed", "SuccessCriteriaMet", "FailureTarget", "Succeeded"})
@@ -30,19 +31,23 @@ class Unit:
 def found(documents: Iterable[Mapping[str, Any]]) -> dict[str, Unit]:
     """Return the units that pods and Jobs belong to, the newest attempt first."""
     of: dict[str, list[Mapping[str, Any]]] = {}
-    for document in documents:
+    given = list(documents)
+    there = {d["metadata"].get("uid") for d in given if d["kind"] != "Pod"}
+    for document in given:
         name = (document["metadata"].get("labels") or {}).get(names.UNIT)
         if name:
             of.setdefault(name, []).append(document)
-    units = [_unit(name, parts) for name, parts in of.items()]
+    units = [_unit(name, parts, there) for name, parts in of.items()]
     return {u.name: u for u in sorted(units, key=lambda u: (-u.attempt, u.name))}
 
 
-def _unit(name: str, parts: list[Mapping[str, Any]]) -> Unit:
+def _unit(name: str, parts: list[Mapping[str, Any]], there: set[str | None]) -> Unit:
     jobs = [d for d in parts if d["kind"] != "Pod"]
     pods = [d for d in parts if d["kind"] == "Pod"]
     whole = (jobs or pods)[0]
     states = {_state(d) for d in parts}
+    if any(_orphan(d, there) for d in pods):
+        states.add("ending")
     state: State = "ending" if "ending" in states else "live" if _lives(jobs, pods) else "dead"
     metadata = whole["metadata"]
     told = metadata.get("annotations") or {}
@@ -56,6 +61,13 @@ def _unit(name: str, parts: list[Mapping[str, Any]]) -> Unit:
         address=gang.address(whole),
         pods=_size(whole),
     )
+
+
+def _orphan(pod: Mapping[str, Any], there: set[str | None]) -> bool:
+    """Tell whether a pod that has not ended is a Job's that is deleted: the garbage collector has not come to it yet."""
+    owners = pod["metadata"].get("ownerReferences") or ()
+    jobs = [o for o in owners if o.get("controller") and o.get("kind") in JOBS]
+    return _state(pod) == "live" and any(o.get("uid") not in there for o in jobs)
 
 
 def _lives(jobs: list[Mapping[str, Any]], pods: list[Mapping[str, Any]]) -> bool:
