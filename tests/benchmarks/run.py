@@ -29,6 +29,7 @@ BENCHMARKS = {
         "ml",
         ("train_vs_bare_loop_single", "train_vs_lightning_single", "train_vs_bare_loop_ddp", "train_vs_lightning_ddp"),
     ),
+    "bench_pods": ("airflow", ("pods_requests", "pods_overhead")),
     "bench_checkpoint_overhead": ("ml", ("checkpoint_overhead", "checkpoint_cost", "checkpoint_blocked")),
     "bench_stream": ("ml", ("stream_speed", "stream_shuffle_drift", "stream_memory")),
     "bench_spot_month": ("ml", ("spot_goodput_1h", "spot_goodput_15min", "spot_deadlines_missed")),

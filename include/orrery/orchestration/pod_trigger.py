@@ -312,8 +312,9 @@ class PodTrigger(BaseTrigger):
             self._logs[uid] = asyncio.create_task(follower, name=f"log of {member.name}")
 
     async def _end_of_logs(self, seen: Seen) -> None:
-        """Wait for what is left of the logs of pods that have ended; the others' are over."""
-        left = [task for uid, task in self._logs.items() if seen.members[uid].ended]
+        """Wait for what is left of the logs of pods that have ended; a silent node's never comes."""
+        members = seen.members
+        left = [t for uid, t in self._logs.items() if members[uid].ended and members[uid].silent_at is None]
         if left:
             done, late = await asyncio.wait(left, timeout=LOG_S)
             for task in done:
