@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from orrery import platform, spec, yamlfile
-from orrery.contract import refuse_uneven
+from orrery.contract import VERBS, refuse_uneven
 from orrery.errors import OrreryError, RequestError, SpecError, TryAgain, nearest
 from orrery.local import LocalProcess, interpreter, venvs
 from orrery.plan import Planner, Request
@@ -55,9 +55,11 @@ def report(project: str, console: Console) -> bool:
             return True
         sound = f"[green]✓[/] {project}: {declared.task}, {declared.train.window} {declared.grain}s on "
         sound += declared.train.compute
+        doubts = _doubts(folder / "spec.yaml", declared)
         if image := elsewhere():
             _platform_has(folder / "spec.yaml", declared)
             console.print(sound)
+            _warn(console, doubts)
             why = f"features.py and model.py were not imported: this is the image of {image}, that of ml imports them"
             console.print(f"    [yellow]{why}[/]")
             return True
@@ -66,14 +68,18 @@ def report(project: str, console: Console) -> bool:
         console.print(sound)
         for line in _describe(found):
             console.print(f"    {escape(line)}")
-        for line in changes:
-            console.print(f"    [yellow]{escape(line)}[/]")
+        _warn(console, [*doubts, *changes])
         return True
     except OrreryError as e:
         console.print(f"[red]✗[/] {escape(project)}")
         for line in str(e).splitlines():
             console.print(f"    {escape(line)}")
         return False
+
+
+def _warn(console: Console, lines: list[str]) -> None:
+    for line in lines:
+        console.print(f"    [yellow]{escape(line)}[/]")
 
 
 def elsewhere() -> str:
@@ -141,6 +147,51 @@ def _platform_has(file: Path, declared: ModelSpec) -> yamlfile.Lines:
         at = f"{file}:{lines.get(('sources', name), 1)}: sources.{name}.uri"
         platform.substitute(source.uri or "", {"root": "", "data": ""}, at)
     return lines
+
+
+def _doubts(file: Path, declared: ModelSpec) -> list[str]:
+    """Return what would go wrong in pods. Raises `SpecError` where pods are what steps run in."""
+    where, pods = platform.load(), platform.profile() == "kubernetes"
+    doubts = []
+    for compute in _training_classes(declared):
+        if not (why := _without_cuda(where, compute)):
+            continue
+        if pods:
+            _, lines = yamlfile.read(file)
+            raise SpecError(f"{file}:{lines.get(('train',), 1)}: {why}")
+        doubts.append(f"in a pod, {why}")
+    if pods and where.store.startswith("file:"):
+        # A cluster may mount it into each pod, which cannot be seen from here.
+        doubts.append(
+            f"store {where.store} is a folder, which pods see only where the cluster mounts it into each of them: "
+            "s3://bucket/prefix is what all can reach (`store` in platform.yaml, or ORRERY_STORE)"
+        )
+    return doubts
+
+
+def _training_classes(declared: ModelSpec) -> list[str]:
+    """Return the compute classes that this project's trainings may run on."""
+    train = declared.train
+    wanted = [train.compute, train.spot.fallback, declared.tune.compute if declared.tune else None]
+    return list(dict.fromkeys(name for name in wanted if name is not None))
+
+
+def _without_cuda(where: platform.Platform, name: str) -> str:
+    """Return why a training on this class would not find its GPU; "" when nothing speaks against it.
+
+    An image that the class names itself is believed, but for the environment's own tag; a digest does not tell.
+    """
+    own = where.environments.get(VERBS["train"].environment)
+    compute = where.compute.get(name)
+    if compute is None or own is None or not compute.gpu or own.image.endswith("-gpu"):
+        return ""
+    if compute.image is not None and (compute.image != own.image or "@" in own.image):
+        return ""
+    built = "" if "@" in own.image else f" {own.image}-gpu,"
+    return (
+        f"compute class {name!r} has a GPU and the image {own.image}, whose torch is built for CPUs; `image` of the "
+        f"class in platform.yaml:{built} one that has CUDA (make images FLAGS=--gpu)"
+    )
 
 
 def _describe(found: dict[str, Any]) -> list[str]:

@@ -85,8 +85,8 @@ class Toleration(Frozen):
             raise ValueError("`operator: Exists` takes no `value`")
         if self.operator == "Equal" and self.key is None:
             raise ValueError("`operator: Equal` needs a `key`")
-        if self.seconds is not None and self.effect not in (None, "NoExecute"):
-            raise ValueError("`tolerationSeconds` goes with `effect: NoExecute`")
+        if self.seconds is not None and self.effect != "NoExecute":  # Kubernetes refuses such a pod when it is made
+            raise ValueError("`tolerationSeconds` needs `effect: NoExecute`")
         return self
 
 

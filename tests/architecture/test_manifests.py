@@ -235,6 +235,10 @@ def test_the_clusters_platform_can_be_read(monkeypatch: pytest.MonkeyPatch) -> N
     assert {c.priority_class for c in read.compute.values()} <= names("PriorityClass")
     home = yaml.safe_load((ROOT / "include" / "platform.yaml").read_text())
     assert set(read.compute) == set(home["compute"])
+    # docker/images.py builds torch with CUDA under a tag of its own; the environment's image has it for CPUs.
+    cuda = {name: read.environments["ml"].image + "-gpu" for name, c in read.compute.items() if c.gpu}
+    assert cuda and {name: read.compute[name].image for name in cuda} == cuda
+    assert {name: home["compute"][name].get("image") for name in cuda} == cuda
     pools = json.loads((FOLDER / "pools.json").read_text())
     assert {c.pool for c in read.compute.values()} <= set(pools)
     settings = yaml.safe_load((ROOT / "airflow_settings.yaml").read_text())
@@ -290,6 +294,34 @@ def test_airflow_knows_each_setting_and_the_values_name_accounts_that_exist() ->
     assert {
         c["priorityClassName"] for c in values.values() if isinstance(c, dict) and "priorityClassName" in c
     } <= names("PriorityClass")
+
+
+def test_the_log_of_a_waiting_step_is_asked_of_an_address_that_is_reachable() -> None:
+    """The api-server asks the triggerer's log server by the name that the triggerer has given of itself."""
+    from airflow.utils import net
+
+    name = helm_values()["config"]["core"]["hostname_callable"]
+    assert name == f"{net.__name__}.{net.get_host_ip_address.__name__}"
+    # Compose resolves services by name, and a container's own name is its `hostname`.
+    services = {n: s for n, s in compose()["services"].items() if n.startswith("airflow-") and n != "airflow-init"}
+    assert {n: s["hostname"] for n, s in services.items()} == {n: n for n in services}
+    assert not any("HOSTNAME_CALLABLE" in v for s in services.values() for v in s["environment"])
+
+
+def test_the_page_gives_a_training_the_time_that_it_needs_to_save() -> None:
+    """The kubelet takes what critical pods get from the whole, and what is left replaces the pod's own grace."""
+    from orrery.cluster import template
+    from orrery.spec import Checkpoint, seconds
+
+    page = (FOLDER / "README.md").read_text()
+    rows = re.findall(
+        r"^.*`shutdownGracePeriod: (\d+)s`, `shutdownGracePeriodCriticalPods: (\d+)s`.*$", page, re.MULTILINE
+    )
+    shortened = re.search(r"checkpoint: \{within: (\d+)s\}", page)
+    assert len(rows) == 2 and shortened
+    for (whole, critical), within in zip(rows, (seconds(Checkpoint().within), int(shortened[1])), strict=True):
+        assert int(whole) - int(critical) >= within + 2 * template.ENDING_S
+    assert "kubectl drain NODE --ignore-daemonsets --force --delete-emptydir-data" in page
 
 
 # -- compose.yaml ----------------------------------------------------------------------------------

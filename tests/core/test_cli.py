@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -352,6 +353,60 @@ def test_check_asks_params_of_the_model_and_names_the_line(house: House, monkeyp
 )
 def test_a_new_source_ends_as_its_sample_does(uri: str, ending: str) -> None:
     assert scaffold._ending(uri) == ending
+
+
+GPU = """\
+version: 1
+environments: {airflow: {image: "a/ml:1"}}
+compute: {cpu-small: {}, gpu-firm: {gpu: 1}, gpu-small: {gpu: 1, image: "a/ml:1-gpu"}}
+"""
+
+
+def said(orrery: Callable[..., tuple[int, str]]) -> tuple[int, str]:
+    """Return what checking the project answers, without line ends: a terminal's width decides on them."""
+    code, text = orrery("check", "delays")
+    return code, " ".join(text.split())
+
+
+def test_check_names_a_gpu_class_whose_image_has_torch_for_cpus(  # type: ignore[no-untyped-def]
+    orrery, house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = house.home / "include" / "platform.yaml"
+    file.write_text(GPU)
+    spot = "train: {compute: gpu-small, spot: {fallback: gpu-firm}}\n"
+    (house.folder / "spec.yaml").write_text(SPEC + spot)
+    found = {"features": {"rows": "flights", "views": []}, "model": {"kind": "fit", "params": {}}}
+    monkeypatch.setattr(checking, "inspect", lambda *a: found)
+    code, text = said(orrery)
+    assert (code, "✓ delays" in text) == (0, True), text
+    assert "in a pod, compute class 'gpu-firm' has a GPU and the image a/ml:1" in text and "a/ml:1-gpu" in text
+    assert "'gpu-small'" not in text and "is a folder" not in text
+    monkeypatch.setenv("ORRERY_PROFILE", "kubernetes")
+    code, text = said(orrery)
+    assert (code, "✗ delays" in text) == (64, True), text
+    line = len(SPEC.splitlines()) + 1
+    assert f"spec.yaml:{line}: compute class 'gpu-firm' has a GPU" in text
+    # The environment's own tag, written out, is no other image; a digest that the class names is believed.
+    digest = "a/ml@sha256:" + "0" * 64
+    for class_, environment, sound in (("a/ml:1", "a/ml:1", False), (digest, digest, True), ("b/x:1", "a/ml:1", True)):
+        other = GPU.replace("gpu-firm: {gpu: 1", f'gpu-firm: {{gpu: 1, image: "{class_}"')
+        file.write_text(other.replace('airflow: {image: "a/ml:1"', f'airflow: {{image: "{environment}"'))
+        code, text = said(orrery)
+        assert (code == 0) is sound, text
+
+
+def test_check_doubts_a_folder_as_the_store_of_pods(  # type: ignore[no-untyped-def]
+    orrery, house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"features": {"rows": "flights", "views": []}, "model": {"kind": "fit", "params": {}}}
+    monkeypatch.setattr(checking, "inspect", lambda *a: found)
+    assert "is a folder" not in said(orrery)[1]
+    monkeypatch.setenv("ORRERY_PROFILE", "kubernetes")
+    code, text = said(orrery)
+    assert code == 0 and f"store {house.uri} is a folder" in text and "ORRERY_STORE" in text, text
+    monkeypatch.setenv("ORRERY_STORE", "s3://bucket/prefix")
+    monkeypatch.setattr(checking, "feature_changes", lambda project: [])
+    assert "is a folder" not in said(orrery)[1]
 
 
 def test_check_prints_the_schema(orrery) -> None:  # type: ignore[no-untyped-def]

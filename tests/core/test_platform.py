@@ -79,6 +79,10 @@ def test_a_password_in_an_address_is_refused(house: House, monkeypatch: pytest.M
         (PLATFORM.replace("airflow:1", "airflow"), ["a tag or a digest"]),
         (PLATFORM.replace('cpu: "1"', 'cpu: "1", image: "x/y:latest"'), ["compute.cpu-small.image", "not :latest"]),
         (PLATFORM.replace('cpu: "1"', 'cpu: "lots"'), [":5: compute.cpu-small.cpu", "'lots'"]),
+        (
+            PLATFORM.replace('cpu: "1"', "tolerations: [{key: spot, operator: Exists, tolerationSeconds: 60}]"),
+            [":5: compute.cpu-small.tolerations.0", "`tolerationSeconds` needs `effect: NoExecute`"],
+        ),
         (PLATFORM.replace('cpu: "1"', "price_per_hour: -1"), ["compute.cpu-small.price_per_hour", "-1"]),
     ],
 )

@@ -397,7 +397,8 @@ print(json.dumps(pods))
 """
 
 
-GPU = "gpu: 1, node_selector: {pool: a}, tolerations: [{key: spot, operator: Exists, tolerationSeconds: 60}]"
+TAINT = "{key: spot, operator: Exists, effect: NoExecute, tolerationSeconds: 60}"
+GPU = f"gpu: 1, node_selector: {{pool: a}}, tolerations: [{TAINT}]"
 
 
 def test_the_kubernetes_profile_renders_pods_from_the_compute_class(tmp_path: Path) -> None:
@@ -440,7 +441,9 @@ def test_the_kubernetes_profile_renders_pods_from_the_compute_class(tmp_path: Pa
     # What a cluster accepts as a label's value (a default run id holds +00:00).
     assert all(re.fullmatch(r"([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?", v) for v in labels.values()), labels
     assert pod["spec"]["nodeSelector"] == {"pool": "a"}
-    assert {"key": "spot", "operator": "Exists", "tolerationSeconds": 60} in pod["spec"]["tolerations"]
+    assert {"key": "spot", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 60} in pod["spec"][
+        "tolerations"
+    ]
     assert pod["spec"]["serviceAccountName"] == "orrery-step"
     assert pod["spec"]["restartPolicy"] == "Never"
     # The step may take 28 s to save, and is given a little more; the class's timeout is the pod's own.

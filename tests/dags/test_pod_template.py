@@ -168,7 +168,7 @@ def test_a_store_that_is_a_folder_is_doubted_before_a_pod_is_made(caplog: pytest
     assert caplog.messages == []
     arguments(Compute(), plan(store="file:///var/store"))
     (said,) = caplog.messages
-    assert all(part in said for part in ("file:///var/store", "platform.yaml", "ORRERY_STORE", "s3://bucket/prefix"))
+    assert all(part in said for part in ("file:///var/store", "platform.yaml", "ORRERY_STORE", "s3://"))
 
 
 def test_several_pods_are_for_trainings() -> None:

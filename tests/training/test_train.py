@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from training_bench import TORCH_MODEL, Bench, Run, bench, trips
 
 from orrery.contract import Result
@@ -174,6 +175,19 @@ def test_a_mistake_in_the_module_is_told_without_a_traceback(
     made = bench(tmp_path, TORCH_MODEL.replace(before, after), rows=300)
     with pytest.raises(kind, match=says):
         made.train("wrong")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_gpu_that_is_paid_for_and_not_seen_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    """A pod of a GPU class with the image for CPUs would train on, slowly, and be green."""
+    made = bench(tmp_path, rows=300)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("ORRERY_GPUS", "1")
+    with pytest.raises(UserError, match="has a GPU, and torch sees none") as e:
+        made.train("blind", processes=processes)
+    assert "`image` of the class in platform.yaml" in e.value.hint
 
 
 AUX = "self.embed = ", "self.aux = nn.Linear(3, 1)\n        self.embed = "

@@ -5,6 +5,7 @@ Each that a reader would not expect says why it is so.
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import TypedDict
 
@@ -17,6 +18,8 @@ from orrery.plan import Plan
 from orrery.platform import Compute, Platform, Toleration
 from orrery.spec import seconds
 from orrery.uri import has_secret
+
+log = logging.getLogger(__name__)
 
 CONTAINER = "base"  # what the pod operator calls it
 LEAST_GRACE_S = 30  # Kubernetes' own; a light step ends within it
@@ -143,6 +146,8 @@ def for_class(where: Platform, compute: Compute, verb: str, environment: str, ou
 def for_attempt(where: Platform, compute: Compute, plan: Plan, unit: str) -> AttemptArguments:
     """Return all that one attempt's pod is made of. Raises `UserError` for what a pod may not be given."""
     config = plan.config
+    if why := local_store(config.store):
+        log.warning("%s", why)
     decided = for_class(where, compute, config.verb, plan.verb.environment, plan.outlive)
     own = [k8s.V1EnvVar(name=k, value=v) for k, v in sorted(environment(compute, plan).items())]
     if spark.drives(where, config.verb):
@@ -181,10 +186,22 @@ def environment(compute: Compute, plan: Plan) -> dict[str, str]:
         # Libraries keep files in it, and the image's own is read-only.
         "HOME": SCRATCH,
     }
+    if compute.gpu:
+        found["ORRERY_GPUS"] = str(compute.gpu)  # a training that then finds none says so: it is paid for
     if plan.outlive:
         # A save that would take longer than the grace is cut off by the step itself, so that it can still say so.
         found["ORRERY_OUTLIVE"] = f"{min(plan.outlive, max(grace(compute, plan.outlive) - 1, 1)):g}"
     return found
+
+
+def local_store(uri: str) -> str:
+    """Return what is wrong with a store that is a folder; "" for a bucket. A cluster may mount one into each pod."""
+    if not uri.startswith("file:"):
+        return ""
+    return (
+        f"the store is a folder, {uri}: a pod has its own disk, and finds it only where the cluster mounts it into each "
+        "pod at that path. All can reach a bucket: `store` in platform.yaml, or ORRERY_STORE (s3://…)"
+    )
 
 
 def grace(compute: Compute, outlive: float) -> int:

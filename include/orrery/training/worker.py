@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from orrery import log, parent
-from orrery.errors import BUG, INTERRUPTED, OrreryError, RankLost
+from orrery.errors import BUG, INTERRUPTED, OrreryError, RankLost, UserError
 from orrery.registry.tracking import Live
 from orrery.spec import Checkpoint, seconds
 from orrery.store import Store
@@ -98,9 +98,9 @@ def main(job: Job) -> dict[str, Any]:
     if not structlog.is_configured():
         log.configure()
     place = _place(job)
-    device = _device(place)
-    deterministic(device)
     try:
+        device = _device(place)
+        deterministic(device)
         if place.world > 1:
             job.beat(place.rank).write_text(f"{os.getpid()} {STARTS}")
             _meet(job, place, device)
@@ -167,11 +167,23 @@ def _seen_from_afar(error: Exception) -> OrreryError:
 
 
 def _device(place: Place) -> torch.device:
+    """Return what this process computes on. Raises `UserError` where a GPU is paid for and torch sees none."""
     if not torch.cuda.is_available():
+        if int(os.environ.get("ORRERY_GPUS") or 0) > 0:
+            raise UserError(
+                "the compute class has a GPU, and torch sees none: the training would run on the CPU at a GPU's price",
+                hint=f"torch {torch.__version__} was built for {_built_for()}; `image` of the class in platform.yaml: "
+                "one whose torch has CUDA (make images FLAGS=--gpu, tagged …-gpu), and a node with the vendor's driver",
+            )
         return torch.device("cpu")
     device = torch.device("cuda", place.local % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def _built_for() -> str:
+    cuda, rocm = torch.version.cuda, torch.version.hip
+    return f"CUDA {cuda}" if cuda else f"ROCm {rocm}" if rocm else "CPUs alone"
 
 
 def deterministic(device: torch.device) -> None:
