@@ -199,8 +199,8 @@ def local_store(uri: str) -> str:
     if not uri.startswith("file:"):
         return ""
     return (
-        f"the store is a folder, {uri}: a pod has its own disk, and finds it only where the cluster mounts it into each "
-        "pod at that path. All can reach a bucket: `store` in platform.yaml, or ORRERY_STORE (s3://…)"
+        f"the store is a folder, {uri}: a pod has its own disk, and finds it only where the cluster mounts it into "
+        "each pod at that path. All can reach a bucket: `store` in platform.yaml, or ORRERY_STORE (s3://…)"
     )
 
 
