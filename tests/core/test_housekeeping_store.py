@@ -523,6 +523,41 @@ def test_a_listing_that_lacks_what_is_there_is_refused(world: World, monkeypatch
     assert world.paths() == before
 
 
+def test_task_logs_go_a_run_at_a_time(world: World) -> None:
+    old, used, new = (f"{inventory.LOGS}/dag_id=delays.train/run_id=r{n}" for n in (1, 2, 3))
+    with world.aged(40):
+        world.store.put(f"{old}/task_id=train/attempt=1.log", b"one")
+        world.store.put(f"{old}/task_id=train/attempt=1.log.trigger.7.log", b"two")
+        world.store.put(f"{used}/task_id=train/attempt=1.log", b"one")
+        world.store.put(f"{inventory.LOGS}/stray.log", b"of no run")
+    with world.aged(20):
+        world.store.put(f"{used}/task_id=train/attempt=2.log", b"cleared later")
+        world.store.put(f"{new}/task_id=train/attempt=1.log", b"one")
+    assert kinds(world.sweep()) == {}, "for ever, where nobody says how long"
+    terms = TERMS.model_copy(update={"logs": "30d"})
+    assert "log" not in kinds(world.sweep(terms=terms, only=P))
+    found = world.sweep(terms=terms)
+    assert counts(found.removed)["log"] == {"units": 1, "objects": 2, "bytes": 6} and kinds(found) == {"log": 1}
+    assert world.below(old) == [] and len(world.below(used)) == 2 and len(world.below(new)) == 1
+    assert world.store.exists(f"{inventory.LOGS}/stray.log")
+    assert "runs' task logs" in "\n".join(report.lines(found))
+
+
+def test_a_log_that_is_written_while_its_run_goes_stays(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = f"{inventory.LOGS}/dag_id=delays.train/run_id=r1"
+    with world.aged(40):
+        world.store.put(f"{run}/task_id=train/attempt=1.log", b"one")
+    before = Sweep._folder
+
+    def meanwhile(self: Sweep, removal: decisions.Removal, first: tuple[str, ...]) -> str:
+        world.store.put(f"{run}/task_id=train/attempt=2.log", b"cleared")
+        return before(self, removal, first)
+
+    monkeypatch.setattr(Sweep, "_folder", meanwhile)
+    found = world.sweep(terms=TERMS.model_copy(update={"logs": "30d"}))
+    assert kinds(found) == {} and len(world.below(run)) == 2 and "written in since" in found.kept[0]
+
+
 def test_a_wrong_clock_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     month(world, "2013-01")
     before = world.paths()

@@ -70,6 +70,20 @@ def test_a_task_that_goes_on_keeps_what_it_said_before(logs: Path) -> None:
     assert task_logs.REMOTE_TASK_LOG.read(LOG, None)[1] == ["planned\nended\nrecorded\n"]
 
 
+def test_machines_that_take_turns_double_no_line(logs: Path) -> None:
+    """A task that waits twice goes on where a scheduler is free: on A, on B, on A again, whose file has its own part."""
+    first, second = "planned\n", "planned\nasked again\n"
+    for text in (first, "judged\n", second, "judged\nrecorded\n", f"{second}ended", f"{second}ended", "judged\n"):
+        written(logs, text)
+        task_logs.REMOTE_TASK_LOG.upload(LOG)
+    assert task_logs.REMOTE_TASK_LOG.read(LOG, None)[1] == ["planned\njudged\nasked again\nrecorded\nended"]
+    written(logs, "on a third\n")
+    task_logs.REMOTE_TASK_LOG.upload(LOG)
+    assert task_logs.REMOTE_TASK_LOG.read(LOG, None)[1] == [
+        "planned\njudged\nasked again\nrecorded\nended\non a third\n"
+    ]
+
+
 def test_what_is_not_there_is_no_log(logs: Path) -> None:
     assert task_logs.REMOTE_TASK_LOG.read(LOG, None) == ([], None)
     task_logs.REMOTE_TASK_LOG.upload(LOG)  # nothing was written: nothing happens

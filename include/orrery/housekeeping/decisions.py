@@ -37,6 +37,7 @@ Kind = Literal[
     "bundle",  # a project's code
     "temporary",  # a file whose writer died before it had its name
     "report",  # what housekeeping wrote about itself
+    "log",  # Airflow's logs of a run's tasks
 ]
 COUNTED: tuple[Kind, ...] = ("output", "attempt")  # what the share is a bound of
 FEW = 10  # so many may always go: shares of small numbers say nothing
@@ -77,8 +78,16 @@ def decide(
         for report in inventory.reports:
             if now - report.at > LEASES_FOR:
                 found.append(Removal("report", "", report.path, _ago(now, report.at), 1, report.size, report.at))
+        found += _logs(inventory, terms, now)
         found += _lower("", f"{OWN}/lease", inventory.own, now - DAY)
     return found
+
+
+def _logs(inventory: Inventory, terms: Retention, now: float) -> Iterator[Removal]:
+    for folder, group in sorted(inventory.logs.items()):
+        if terms.logs is not None and now - group.newest > seconds(terms.logs):
+            why = f"logs of a run, the last of them written {_ago(now, group.newest)}"
+            yield Removal("log", "", folder, why, group.count, group.size, group.newest)
 
 
 def _bundles(inventory: Inventory, marks: Marks, terms: Retention, now: float) -> Iterator[Removal]:

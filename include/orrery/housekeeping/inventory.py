@@ -17,6 +17,7 @@ from orrery.store import SEGMENT, Store, trouble
 PAGE = 1000  # objects in one answer of a bucket: the most that S3 gives
 # Beside the projects in a store. A project's name begins with a letter, so ours cannot be one.
 OWN = "_housekeeping"
+LOGS = "_airflow/logs"  # Airflow's task logs: <dag>/<run>/<task>/<attempt>
 BUNDLES = "bundles"
 MANIFEST, WITHDRAWN, CONFIG = "manifest.json", "withdrawn.json", "config.json"
 CHECKPOINTS, LEASE = "checkpoints", "lease"
@@ -99,6 +100,7 @@ class Inventory:
     bundles: dict[str, Group] = field(default_factory=dict)
     temporary: list[Object] = field(default_factory=list)
     reports: list[Object] = field(default_factory=list)
+    logs: dict[str, Group] = field(default_factory=dict)  # folder of a run -> its tasks' logs
     own: dict[int, float] = field(default_factory=dict)  # leases of housekeeping itself
     unknown: Group = field(default_factory=Group)
     whole: Group = field(default_factory=Group)
@@ -116,6 +118,11 @@ class Inventory:
         """Put an object where it belongs; tell whether there is such a place."""
         if parts[0] == OWN:
             return self._own(parts, found)
+        if parts[:2] == LOGS.split("/"):
+            if len(parts) < 5:
+                return False
+            self.logs.setdefault("/".join(parts[:4]), Group()).add(found.size, found.at)
+            return True
         if len(parts) == 2 and parts[0] == BUNDLES and (bundle := BUNDLE.fullmatch(parts[1])):
             self.bundles[bundle[1]] = Group(1, found.size, found.at)
             return True

@@ -22,6 +22,7 @@ NAMES: dict[Kind, str] = {
     "bundle": "bundles",
     "temporary": "temporary files",
     "report": "old reports",
+    "log": "runs' task logs",
 }
 SHOWN = 20  # of each kind, one by one; the numbers are of all
 

@@ -262,6 +262,9 @@ class Sweep:
     def _of_attempt(self, removal: Removal) -> str:
         return self._folder(removal, ("config.json", "attempt.json"))
 
+    def _of_log(self, removal: Removal) -> str:
+        return self._folder(removal, ())
+
     def _of_checkpoints(self, removal: Removal) -> str:
         """Documents first: who finds one finds its files, or falls back on an earlier one."""
         above = removal.path.rpartition("/")[0]

@@ -19,13 +19,12 @@ from airflow.configuration import conf
 
 from orrery import platform
 from orrery.errors import OrreryError
+from orrery.housekeeping.inventory import LOGS
 from orrery.store import Store
 
 if TYPE_CHECKING:
     from os import PathLike
 
-# Beside the projects' folders, whose names begin with a letter.
-FOLDER = "_airflow/logs"
 LONGEST = 200
 LOGGING_CONFIG: dict[str, Any] = DEFAULT_LOGGING_CONFIG
 log = logging.getLogger(__name__)
@@ -44,7 +43,7 @@ class StoreLogs:
                 store, place = _store(), _place(path)
                 # A task that has waited goes on under the same name, on this machine (which has all of it) or another.
                 before = store.read(place) if store.exists(place) else b""
-                store.put(place, new if new.startswith(before) else before + new)
+                store.put(place, _joined(before, new))
         except (OrreryError, OSError) as e:
             log.warning("the log %s stays on this machine: %s", path, e)
 
@@ -61,6 +60,22 @@ class StoreLogs:
         return [f"{store.uri}/{p}" for p in found], texts or None
 
 
+def _joined(before: bytes, new: bytes) -> bytes:
+    """Return a log with what is new in a machine's own.
+
+    Of several machines each has a part: what it handed over before stands in the log in the same order, with the
+    others' lines between. Airflow's lines carry their time, so that no two are alike.
+    """
+    if new.startswith(before):
+        return new
+    lines, known = new.splitlines(keepends=True), 0
+    for line in before.splitlines(keepends=True):
+        if known < len(lines) and line.rstrip(b"\n") == lines[known].rstrip(b"\n"):
+            known += 1
+    rest = b"".join(lines[known:])
+    return before + (b"\n" if rest and not before.endswith(b"\n") else b"") + rest
+
+
 def _store() -> Store:
     return Store(platform.load().store)
 
@@ -70,7 +85,7 @@ def _place(path: PathLike[str] | str) -> str:
     parts = PurePosixPath(os.fspath(path)).parts
     if not parts or parts[0] == "/" or ".." in parts:
         raise OSError(f"{path} is no path below the logs")
-    return "/".join((FOLDER, *map(_segment, parts)))
+    return "/".join((LOGS, *map(_segment, parts)))
 
 
 def _segment(name: str) -> str:
