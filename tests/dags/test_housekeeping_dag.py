@@ -54,10 +54,12 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
     return made
 
 
-def context(states: Mapping[str, Any] | None = None, conf: dict[str, Any] | None = None, number: int = 1) -> Any:
+def context(
+    states: Mapping[str, Any] | None = None, conf: dict[str, Any] | None = None, *, dag: str = housekeeping.DAG_ID
+) -> Any:
     """Return a task's context: what Airflow says of other runs is `states`, by Dag."""
     run = SimpleNamespace(
-        dag_id="orrery.housekeeping", run_id="scheduled__1", clear_number=0, conf=conf or {}, run_type="scheduled",
+        dag_id=dag, run_id="scheduled__1", clear_number=0, conf=conf or {}, run_type="scheduled",
         triggering_user_name=None,
     )  # fmt: skip
 
@@ -66,30 +68,51 @@ def context(states: Mapping[str, Any] | None = None, conf: dict[str, Any] | None
             raise RuntimeError("no answer")
         return states[dag_id]
 
-    ti = SimpleNamespace(try_number=number, get_task_states=get_task_states)
+    ti = SimpleNamespace(try_number=1, get_task_states=get_task_states)
     return {"ti": ti, "dag_run": run, "params": {"dry_run": False, "project": None, "share": None, **(conf or {})}}
 
 
 # -- the Dag -------------------------------------------------------------------------------------------
 
 
-def test_the_dag_is_thin_owned_and_runs_once_a_day_from_now_on() -> None:
+@pytest.mark.parametrize(
+    ("name", "task", "hours", "form"),
+    [
+        ("orrery.housekeeping", "store", 24, {"dry_run": False, "project": None, "share": None}),
+        ("orrery.orphans", "pods", 1, {"dry_run": False, "project": None}),
+    ],
+)
+def test_each_dag_is_thin_owned_and_runs_from_now_on(
+    name: str, task: str, hours: int, form: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from airflow.dag_processing.dagbag import DagBag
     from airflow.serialization.serialized_objects import DagSerialization
+    from airflow.timetables.base import TimeRestriction
 
+    monkeypatch.setenv("ORRERY_PROFILE", "kubernetes")
     bag = DagBag(str(ROOT / "dags" / "housekeeping.py"))
-    assert bag.import_errors == {}
-    dag = bag.dags["orrery.housekeeping"]
+    assert bag.import_errors == {} and set(bag.dags) == {"orrery.housekeeping", "orrery.orphans"}
+    dag = bag.dags[name]
     assert dag.doc_md.startswith("**If red at**") and {"orrery", "owner:platform"} == set(dag.tags)
     assert (dag.catchup, dag.max_active_runs) == (False, 1)
-    assert {t.task_id for t in dag.tasks} == {"pods", "store"} and all(not t.upstream_task_ids for t in dag.tasks)
-    for task in dag.tasks:
-        assert task.owner == "platform" and task.pool == "orrery-light" and task.retry_policy is not None
-        assert task.execution_timeout is not None
-    assert dag.params.dump() == {"dry_run": False, "project": None, "share": None}
+    (only,) = dag.tasks
+    assert (only.task_id, only.owner, only.pool) == (task, "platform", "orrery-light")
+    assert only.retry_policy is not None and only.execution_timeout is not None
+    assert dag.params.dump() == form
     stored = DagSerialization.from_dict(DagSerialization.to_dict(dag))
     first = stored.next_dagrun_info(last_automated_run_info=None)
     assert first is not None and first.run_after.timestamp() > time.time(), "nothing runs when it is first seen"
+    second = stored.timetable.next_dagrun_info(
+        last_automated_data_interval=first.data_interval, restriction=TimeRestriction(None, None, False)
+    )
+    assert second is not None and (second.run_after - first.run_after).total_seconds() == hours * HOUR
+
+
+def test_under_the_local_profile_there_is_no_dag_of_pods(monkeypatch: pytest.MonkeyPatch) -> None:
+    from airflow.dag_processing.dagbag import DagBag
+
+    monkeypatch.delenv("ORRERY_PROFILE", raising=False)
+    assert set(DagBag(str(ROOT / "dags" / "housekeeping.py")).dags) == {"orrery.housekeeping"}
 
 
 @pytest.mark.parametrize(
@@ -108,6 +131,8 @@ def test_the_form_refuses_what_cannot_be(house: House, conf: dict[str, Any]) -> 
 def test_an_unknown_key_is_refused(house: House) -> None:
     with pytest.raises(RequestError, match="unknown key 'dryrun'"):
         housekeeping.StoreOperator(task_id="store").execute(context(conf={"dryrun": True}))
+    with pytest.raises(RequestError, match="unknown key 'share'"):
+        housekeeping.PodsOperator(task_id="pods").execute(context(conf={"share": 1}, dag=housekeeping.ORPHANS))
 
 
 def test_the_store_is_kept_and_a_dry_run_changes_nothing(house: House, caplog: pytest.LogCaptureFixture) -> None:
@@ -208,7 +233,7 @@ class Stage:
         return {p["metadata"]["name"] for p in self.cluster.pods() if not p["metadata"].get("deletionTimestamp")}
 
     def keep(self, states: Mapping[str, Any] | None = None, conf: dict[str, Any] | None = None) -> dict[str, Any]:
-        return housekeeping.PodsOperator(task_id="pods").execute(context(states, conf))
+        return housekeeping.PodsOperator(task_id="pods").execute(context(states, conf, dag=housekeeping.ORPHANS))
 
 
 @pytest.fixture
@@ -234,7 +259,7 @@ def test_what_nobody_will_ask_for_again_goes(stage: Stage) -> None:
     states = {"delays.train": {"live": {"train": "deferred"}, "later": {"train": "up_for_retry"}}}
     told = stage.keep(states)
     assert stage.there() == {names.unit(live), names.unit(later)}
-    assert told == {"units": 4, "orphans": 2, "removed": {"delays": 2}}
+    assert told == {"units": 4, "others": 0, "orphans": 2, "removed": {"delays": 2}}
     (entry,) = Ledger(os.environ["ORRERY_LEDGER"]).find("delays", "housekeeping")
     assert entry.payload["removed"]["unit"]["units"] == 2
     told = stage.keep({"delays.train": {"live": {"train": "failed"}, "later": {"train": "success"}}})
@@ -285,7 +310,7 @@ def test_a_job_goes_with_all_that_it_owns(stage: Stage) -> None:
     assert service["kind"] == "Service"
     assert stage.keep({"delays.train": {"gang": {"train": "running"}}})["orphans"] == 0
     told = stage.keep({"delays.train": {"gang": {"train": "failed"}}})
-    assert told == {"units": 1, "orphans": 1, "removed": {"delays": 1}}
+    assert told == {"units": 1, "others": 0, "orphans": 1, "removed": {"delays": 1}}
     stage.cluster.wait_for(lambda: not stage.there(), "the pods' end")
 
 
@@ -314,4 +339,35 @@ def test_a_cluster_that_says_no_is_told(stage: Stage, code: int, error: type[Exc
 def test_a_list_comes_in_pages(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(housekeeping, "PAGE", 2)
     stage.start(*(config(stage.house, f"r{i}") for i in range(5)))
-    assert stage.keep({"delays.train": {}}) == {"units": 5, "orphans": 5, "removed": {"delays": 5}}
+    assert stage.keep({"delays.train": {}}) == {"units": 5, "others": 0, "orphans": 5, "removed": {"delays": 5}}
+
+
+def test_another_houses_pods_in_the_namespace_stay(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+    """Staging and prod may share one: the other's runs are none that our Airflow knows of."""
+    caplog.set_level("INFO")
+    mine = config(stage.house, "gone")
+    theirs = [
+        config(stage.house, "live").model_copy(update={"store": "s3://staging/orrery"}),
+        config(stage.house, "gone", "validate").model_copy(update={"store": "s3://staging/orrery"}),
+    ]
+    stage.start(mine, *theirs)
+    stage.record(theirs[1])  # alike in both ledgers, and its pod is over
+    stage.end(theirs[1])
+    told = stage.keep({"delays.train": {}})
+    assert told == {"units": 1, "others": 2, "orphans": 1, "removed": {"delays": 1}}
+    assert stage.there() == {names.unit(one) for one in theirs}
+    assert "2 units are of no attempt in this store" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("connection", "by"), [("connection: nowhere", "connection 'nowhere'"), ("", "Airflow's own service account")]
+)
+def test_a_cluster_without_a_way_to_it_is_the_users_to_mend(
+    house: House, monkeypatch: pytest.MonkeyPatch, connection: str, by: str
+) -> None:
+    monkeypatch.setenv("ORRERY_PROFILE", "kubernetes")
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    (house.home / "include" / "platform.yaml").write_text(PLATFORM.replace("connection: cluster", connection))
+    with pytest.raises(UserError, match=f"cannot be reached by {by}") as said:
+        housekeeping.PodsOperator(task_id="pods").execute(context(dag=housekeeping.ORPHANS))
+    assert "kubernetes.connection in platform.yaml" in said.value.hint

@@ -42,6 +42,7 @@ class Unit:
     name: str
     project: str
     step: str
+    slot: str = ""
     folder: str = ""
     things: list[Thing] = field(default_factory=list)
     phases: list[str] = field(default_factory=list)
@@ -86,6 +87,7 @@ def of_documents(documents: Iterable[Mapping[str, Any]]) -> list[Unit]:
         if not name:
             continue
         unit = found.setdefault(name, Unit(name, labels.get(names.PROJECT, ""), labels.get(names.STEP, "")))
+        unit.slot = unit.slot or str(labels.get(names.SLOT, ""))
         unit.folder = unit.folder or str(notes.get(names.FOLDER, ""))
         created = datetime.fromisoformat(str(about["creationTimestamp"])).timestamp()
         owned = bool(about.get("ownerReferences"))
@@ -94,6 +96,14 @@ def of_documents(documents: Iterable[Mapping[str, Any]]) -> list[Unit]:
         if kind == "Pod":
             unit.phases.append(str((document.get("status") or {}).get("phase", "Unknown")))
     return sorted(found.values(), key=lambda u: u.name)
+
+
+def of_store(units: Iterable[Unit], store: str) -> list[Unit]:
+    """Return the units of attempts in one store, by its URI: only of those do its ledger and its Airflow know.
+
+    The namespace may be another Airflow's as well (staging beside prod), to which the others belong.
+    """
+    return [u for u in units if u.folder and u.slot == names.slot(store, u.folder)]
 
 
 def unclear(units: Iterable[Unit], recorded: Mapping[str, float]) -> dict[str, set[str]]:

@@ -1,4 +1,4 @@
-"""`orrery.housekeeping`: what is no longer needed goes, once a day: orphan pods, old attempts, checkpoints, outputs.
+"""What is no longer needed goes: `orrery.housekeeping` keeps the store, daily, `orrery.orphans` the cluster, hourly.
 
 What may go is decided in `orrery.housekeeping`; the same store is kept by `orrery housekeeping` at the command line.
 """
@@ -18,7 +18,9 @@ from airflow.sdk.exceptions import AirflowSkipException
 from orrery import platform
 from orrery.errors import RequestError, TryAgain, UserError, nearest
 from orrery.orchestration import params, retry
+from orrery.orchestration.reach import reaching
 from orrery.spec import NAME, seconds
+from orrery.store import Store
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -27,7 +29,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("orrery.housekeeping")
 DAG_ID = "orrery.housekeeping"
+ORPHANS = "orrery.orphans"
 EVERY = "40 3 * * *"
+# A task that is marked failed while no triggerer lives leaves its pod at work, on a machine that costs.
+HOURLY = "10 * * * *"
 OWNER = "platform"
 ANSWER_S = 30.0
 PAGE = 500  # objects of the cluster in one answer
@@ -35,18 +40,35 @@ JSON = {"Accept": "application/json", "Content-Type": "application/json"}
 
 
 def housekeeping(doc: str | None) -> DAG:
-    """Make the Dag. `doc` is the runbook shown on it."""
+    """Make the Dag of the store, which runs at a quiet hour. `doc` is the runbook shown on it."""
+    dag = _dag(DAG_ID, EVERY, "removes expired checkpoints, old attempts and outputs that nothing refers to", doc)
+    with dag:
+        StoreOperator(task_id="store", doc_md=StoreOperator.__doc__)
+    return dag
+
+
+def orphans(doc: str | None) -> DAG | None:
+    """Make the Dag of the cluster; none where steps run on this machine."""
+    if platform.profile() != "kubernetes":
+        return None
+    dag = _dag(ORPHANS, HOURLY, "removes pods and Jobs that nobody waits for any more", doc)
+    with dag:
+        PodsOperator(task_id="pods", doc_md=PodsOperator.__doc__)
+    return dag
+
+
+def _dag(name: str, every: str, description: str, doc: str | None) -> DAG:
     light = platform.load().compute_class("cpu-light")
-    dag = DAG(
-        dag_id=DAG_ID,
-        # At a quiet hour. Without a start date the first run is the next tick: none when the Dag is first seen.
-        schedule=CronTriggerTimetable(EVERY, timezone="UTC", run_immediately=False),
+    return DAG(
+        dag_id=name,
+        # Without a start date the first run is the next tick: none when the Dag is first seen.
+        schedule=CronTriggerTimetable(every, timezone="UTC", run_immediately=False),
         catchup=False,
         max_active_runs=1,
         tags=["orrery", f"owner:{OWNER}"],
-        description="removes orphan pods, expired checkpoints, old attempts and outputs that nothing refers to",
+        description=description,
         doc_md=doc,
-        params=form(),
+        params=form(name),
         default_args={
             "owner": OWNER,
             "pool": light.pool,
@@ -58,16 +80,11 @@ def housekeeping(doc: str | None) -> DAG:
             "retry_policy": retry.policy(),
         },
     )
-    with dag:
-        # Beside each other: a cluster that is away keeps no store from being tidied.
-        PodsOperator(task_id="pods", doc_md=PodsOperator.__doc__)
-        StoreOperator(task_id="store", doc_md=StoreOperator.__doc__)
-    return dag
 
 
-def form() -> dict[str, Param]:
+def form(dag: str = DAG_ID) -> dict[str, Param]:
     """Return the params of a run. The scheduled one removes what may go."""
-    return {
+    fields = {
         "dry_run": Param(
             False, type="boolean", title="Dry run", description="Say what would go, and why; remove nothing."
         ),
@@ -81,6 +98,7 @@ def form() -> dict[str, Param]:
             "platform.yaml (retention.share) was too small. 1: all that is listed.",
         ),
     }  # fmt: skip
+    return {name: field for name, field in fields.items() if dag == DAG_ID or name != "share"}
 
 
 class StoreOperator(BaseOperator):
@@ -114,18 +132,24 @@ class StoreOperator(BaseOperator):
 class PodsOperator(BaseOperator):
     """Removes pods and Jobs of attempts that have ended, or that nobody waits for any more.
 
-    Without the kubernetes profile there are none, and the task is skipped.
+    Only of attempts in this house's store: another Airflow may work in the same namespace. Without the kubernetes
+    profile there are none, and the task is skipped.
     """
 
     ui_color = "#e8eef7"
 
     def execute(self, context: Context) -> dict[str, Any]:
-        """Return how many units there were and how many went, by project."""
+        """Return how many units there were, how many of them of other houses, and how many went, by project."""
         asked = _read(context)
         if platform.profile() != "kubernetes":
             raise AirflowSkipException("steps run on this machine: there are no pods to look after")
-        cluster, found = Cluster(), []
-        units = [u for u in cluster.units() if asked.get("project") in (None, u.project)]
+        from orrery.housekeeping import units as of
+
+        cluster = Cluster()
+        there = cluster.units()
+        ours = of.of_store(there, Store(platform.load().store).uri)
+        others = len(there) - len(ours)
+        units = [u for u in ours if asked.get("project") in (None, u.project)]
         found = self._orphans(context, units)
         gone: list[Orphan] = []
         for orphan in found:
@@ -133,9 +157,11 @@ class PodsOperator(BaseOperator):
             if not asked.get("dry_run") and cluster.remove(orphan.unit):
                 gone.append(orphan)
         log.info("%d units in the cluster, %d orphans, %d removed", len(units), len(found), len(gone))
+        if others:
+            log.info("%d units are of no attempt in this store, and are left alone: another Airflow's, perhaps", others)
         by_project = {p: sum(o.unit.project == p for o in gone) for p in sorted({o.unit.project for o in gone})}
         _record(context, by_project)
-        return {"units": len(units), "orphans": len(found), "removed": by_project}
+        return {"units": len(units), "others": others, "orphans": len(found), "removed": by_project}
 
     def _orphans(self, context: Context, units: list[Unit]) -> list[Orphan]:
         from orrery.housekeeping import units as of
@@ -155,11 +181,13 @@ class Cluster:
     """The objects of the namespace that carry our labels, by the operator's own connection."""
 
     def __init__(self) -> None:
+        """Raises `UserError` where Airflow has no such connection."""
         from airflow.providers.cncf.kubernetes.hooks.kubernetes import KubernetesHook
 
         self._where = platform.load().kubernetes
         connection = self._where.connection
-        self._client = KubernetesHook(conn_id=connection, in_cluster=None if connection else True).api_client
+        with reaching(connection):
+            self._client = KubernetesHook(conn_id=connection, in_cluster=None if connection else True).api_client
 
     def units(self) -> list[Unit]:
         """Return what is there. Raises `TryAgain`, or `UserError` where it may not be asked for."""
@@ -226,7 +254,7 @@ class Cluster:
 
 def _read(context: Context) -> dict[str, Any]:
     """Return what a run was asked for. Raises `RequestError` (64) for a key that is none of the form."""
-    fields, conf = form(), context["dag_run"].conf or {}
+    fields, conf = form(context["dag_run"].dag_id), context["dag_run"].conf or {}
     unknown = sorted(str(k)[:80] for k in conf if k not in fields)
     if unknown:
         raise RequestError(f"the run's conf has an unknown key {unknown[0]!r}", hint=nearest(unknown[0], fields))
