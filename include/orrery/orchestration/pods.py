@@ -14,9 +14,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
-from airflow.sdk.exceptions import AirflowNotFoundException
 from kubernetes.client.exceptions import ApiException
-from kubernetes.config import ConfigException
 from urllib3.exceptions import HTTPError
 
 from orrery import attempts, platform
@@ -29,6 +27,7 @@ from orrery.errors import TryAgain, UserError
 from orrery.orchestration import retry
 from orrery.orchestration.operators import StepOperator, Told
 from orrery.orchestration.pod_trigger import PodTrigger
+from orrery.orchestration.reach import reaching
 from orrery.plan import Plan, Planner, Request, attempt_folder, outlives
 from orrery.platform import Compute
 from orrery.runner import CHANGES, GoesOn, conclude, read_result
@@ -307,16 +306,8 @@ class Cluster:
     @property
     def client(self) -> Any:
         """The connection's client. Raises `UserError` where Airflow has none of it."""
-        try:
+        with reaching(self._planner.platform.kubernetes.connection):
             return self._operator.hook.api_client
-        except (ConfigException, AirflowNotFoundException) as e:
-            connection = self._planner.platform.kubernetes.connection
-            by = f"connection {connection!r}" if connection else "Airflow's own service account"
-            raise UserError(
-                f"the cluster cannot be reached by {by}: {e}",
-                hint="kubernetes.connection in platform.yaml names an Airflow connection of type kubernetes; "
-                "without one, Airflow itself runs in the cluster",
-            ) from None
 
     def create(self, documents: list[dict[str, Any]]) -> answers.Answer | None:
         """Create a unit's objects; return what was refused, or None."""
