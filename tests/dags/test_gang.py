@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copy
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from core_house import House, build, environment
 from test_pods import Task, Waiting, trigger_of
 
 from orrery import checking
-from orrery.cluster import gang
+from orrery.cluster import gang, judge
 from orrery.cluster.judge import Seen
 from orrery.contract import Result, StepConfig
 from orrery.errors import Interrupted, OrreryError, RequestError, SpecError
@@ -332,6 +334,43 @@ def test_a_pod_that_is_taken_away_is_one_interruption_and_the_next_attempt_goes_
         assert [e["status"] for e in task.entries()] == ["interrupted", "interrupted", "done"]
         (manifest,) = house.manifests("train")
         assert (summary["output"], manifest.digest) == (manifest.path, wanted())
+        cluster.wait_for(lambda: not objects(cluster), "everything of the unit to go")
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_rank_whose_machine_dies_is_an_interruption_though_its_peer_ends_first(
+    landed: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dead: int
+) -> None:
+    """The peer is told by its own keep-alive, ends, and has the Job end; the cluster misses the node later."""
+    monkeypatch.setattr(judge, "MARGIN_S", 0.5)
+    (landed.home / "include" / "platform.yaml").write_text(PLATFORM.replace("spot: true", "grace: 2s"))
+    lost = threading.Event()
+
+    async def play(pod: dict[str, Any], say: Callable[[str], None]) -> int:
+        say("at work")
+        while not lost.is_set():
+            await asyncio.sleep(0.02)
+        return 1
+
+    # The cluster misses a node after 40 s: here 1 s.
+    with Cluster(tmp_path / "cluster", pace=0.025, play=play) as cluster:
+        monkeypatch.setenv("AIRFLOW_CONN_CLUSTER", cluster.connection())
+        cluster.nodes.remove("node-a")
+        for name in ("node-a", "node-b"):
+            cluster.nodes.add(name, pods=1)
+        task = Gang(landed, cluster)
+        deferral = task.attempt()
+        waiting, unit = Waiting(deferral), trigger_of(deferral).unit
+        cluster.wait_for(lambda: [p["status"]["phase"] for p in cluster.pods()] == ["Running"] * 2, "both pods")
+        (node,) = (p["spec"]["nodeName"] for p in cluster.pods() if gang.IndexedJob().node(p) == dead)
+        cluster.nodes.power_off(node, deleted=False)
+        lost.set()
+        with pytest.raises(Interrupted, match=f"pod {unit}-{dead}-.* on node {node}: "):
+            task.go_on(deferral, waiting.end())
+        (entry,) = task.entries()
+        told = entry["attempt"]["pod"]
+        assert (entry["attempt"]["cause"], told["ended"], told["by"]) == ("interrupted", "node_lost", "NodeNotReady")
+        # Nobody on the dead node confirms that its pod has ended: by force, or the next attempt waits for it.
         cluster.wait_for(lambda: not objects(cluster), "everything of the unit to go")
 
 

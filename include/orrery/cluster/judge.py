@@ -220,7 +220,8 @@ class Member(BaseModel):
         if self.ended:
             return self.over(now)
         if self.gone_by is not None and now >= self.gone_by + MARGIN_S:
-            return self._made("node_lost", f"was told to go, and nobody saw it end{self._late(now)}", self.told)
+            by = self.told or ("" if self.silent_at is None else "NodeNotReady")
+            return self._made("node_lost", f"was told to go, and nobody saw it end{self._late(now)}", by)
         if self.silent_at is not None and now >= self.silent_at + silent:
             told = f"its node has been silent for {now - self.silent_at:.0f} s"
             return self._made("node_lost", told, self.told or "NodeNotReady")
@@ -270,7 +271,7 @@ class Member(BaseModel):
         return bool(self.told) or self.reason == "OOMKilled" or self.status_reason == "DeadlineExceeded"
 
     def asked(self, began: float | None) -> bool:
-        """Whether it was told to go; once a pod has ended (`began`), the Job deletes the others, which tells nothing."""
+        """Whether it was told to go. Once a pod has ended (`began`), the Job deletes the others: that tells nothing."""
         return bool(self.told) or (self.deleted_at is not None and began is not None and self.deleted_at < began)
 
     def cause(self, began: float | None, now: float) -> Ending | None:

@@ -64,7 +64,7 @@ def _unit(name: str, parts: list[Mapping[str, Any]], there: set[str | None]) -> 
 
 
 def _orphan(pod: Mapping[str, Any], there: set[str | None]) -> bool:
-    """Tell whether a pod that has not ended is a Job's that is deleted: the garbage collector has not come to it yet."""
+    """Tell whether a pod that has not ended is of a Job that is deleted: the garbage collector is still to come."""
     owners = pod["metadata"].get("ownerReferences") or ()
     jobs = [o for o in owners if o.get("controller") and o.get("kind") in JOBS]
     return _state(pod) == "live" and any(o.get("uid") not in there for o in jobs)

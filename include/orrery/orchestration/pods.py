@@ -158,7 +158,10 @@ class PodStepOperator(StepOperator, KubernetesPodOperator):
         if event["gone"]:
             return
         # A node that is silent never confirms a deletion: by force, or the pod's quota would stay taken.
-        Cluster(self, planner).delete(event["address"], force=ending.kind == "node_lost")
+        cluster, lost = Cluster(self, planner), ending.kind == "node_lost"
+        cluster.delete(event["address"], force=lost)
+        if lost and "/pods/" not in event["address"]:
+            cluster.force_pods(event["unit"])
 
     def on_kill(self) -> None:
         """Delete the pod, if there is one by now."""
@@ -361,6 +364,16 @@ class Cluster:
             refused = _answer(e, address)
             if refused.kind != "absent":
                 log.warning("it cannot be deleted: %s", refused.message)
+
+    def force_pods(self, unit: str) -> None:
+        """Delete the pods of a Job by force: its own deletion gives them their grace, which a dead node never ends."""
+        try:
+            pods = self._list("Pod", f"{names.UNIT}={unit}")
+        except (TryAgain, UserError) as e:
+            log.warning("%s", e.message)
+            return
+        for pod in pods:
+            self.delete(gang.address(pod), force=True)
 
     def _kinds(self) -> list[str]:
         """Return which objects a unit of this task may be."""
