@@ -130,6 +130,7 @@ def venvs(tmp_path: Path) -> Path:
     )  # fmt: skip
     entry = (ROOT / "docker" / "spark" / "entrypoint").read_text()
     entry = entry.replace("/opt/orrery/.venvs/spark", str(SPARK))
+    entry = entry.replace("/opt/orrery/bin/named", str(ROOT / "docker" / "spark" / "named"))
     entry = re.sub(r"^java=.*$", f"java={found.stdout.strip()}/bin/java", entry, flags=re.MULTILINE)
     for name, text in (("python", f'#!/bin/sh\nexec {SPARK}/bin/python "$@"\n'), ("orrery", entry)):
         (folder / name).write_text(text)

@@ -377,9 +377,9 @@ class Cluster:
 
     def _kinds(self) -> list[str]:
         """Return which objects a unit of this task may be."""
-        several = self._operator.verb == "train" and any(c.pods > 1 for c in self._planner.platform.compute.values())
+        # Whatever the class says by now: it may have had several pods when the Job was made.
         job = {"indexed-job": "Job", "pytorchjob": "PyTorchJob"}[self._planner.platform.kubernetes.ranks]
-        return ["Pod", job] if several else ["Pod"]
+        return ["Pod", job] if VERBS[self._operator.verb].spreads else ["Pod"]
 
     def _list(self, kind: str, chosen: str) -> list[dict[str, Any]]:
         path = gang.PLACES[kind].format(self._planner.platform.kubernetes.namespace)
