@@ -227,7 +227,7 @@ class Retention(Frozen):
         "since they were made, used or superseded.",
     )
     leftovers: Duration = Field("2d", description="Half-written files of a step that is gone, since the last of them.")
-    logs: Duration | None = Field(None, description="Airflow's task logs on this machine.")
+    logs: Duration | None = Field(None, description="Airflow's task logs on this machine and in the store.")
     pods: Duration = Field("1h", description="Pods, Jobs and Services that no attempt will ask for again.")
     share: float = Field(
         0.25,
