@@ -262,6 +262,7 @@ def test_what_nobody_will_ask_for_again_goes(stage: Stage) -> None:
     assert told == {"units": 4, "others": 0, "orphans": 2, "removed": {"delays": 2}}
     (entry,) = Ledger(os.environ["ORRERY_LEDGER"]).find("delays", "housekeeping")
     assert entry.payload["removed"]["unit"]["units"] == 2
+    stage.cluster.wait_for(lambda: len(stage.cluster.pods()) == 2, "the end of the two orphans")
     told = stage.keep({"delays.train": {"live": {"train": "failed"}, "later": {"train": "success"}}})
     stage.cluster.wait_for(lambda: not stage.there(), "the end of both")
     assert told["orphans"] == 2

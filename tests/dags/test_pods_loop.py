@@ -63,9 +63,9 @@ class InPods(Loop):
     def __init__(self, home: Path, mlflow: str, story: Story, patch: pytest.MonkeyPatch) -> None:
         super().__init__(home, mlflow, story.project, story.projects)
         platform = (ROOT / "include" / "platform.yaml").read_text()
-        where = "kubernetes: {namespace: orrery, service_account: orrery-step}"
+        where = "\nkubernetes:\n"
         assert where in platform
-        (home / "platform.yaml").write_text(platform.replace(where, "kubernetes: {connection: cluster}"))
+        (home / "platform.yaml").write_text(platform.replace(where, f"{where}  connection: cluster\n"))
         self.env |= {"ORRERY_PROFILE": "kubernetes", "ORRERY_PLATFORM": str(home / "platform.yaml")}
         for name, value in self.env.items():
             patch.setenv(name, value)
