@@ -8,6 +8,7 @@ of its own would not survive it).
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -111,7 +112,7 @@ def _run(launch: _Launch, scratch: Path, interface: str) -> dict[str, Any]:
     (job.scratch / worker.STOPPED).unlink(missing_ok=True)
     watch = Watch([job.beat(rank) for rank in launch.ranks], first=launch.first, gone=launch.gone)
     try:
-        with _handlers_restored(), _environment(interface), watch:
+        with _handlers_restored(), _environment(interface), watch, _no_garbage():
             returned: dict[int, dict[str, Any]] = elastic_launch(config, worker.main)(job)
     except SignalException as e:
         # Told twice (by its worker, then by the kernel because that one died), the agent does not wait for its ranks.
@@ -197,6 +198,21 @@ def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Leave the ranks, which are forked from here, nothing to collect.
+
+    What an earlier launch of this process left in cycles (its store's daemon) joins a thread of its own when it goes.
+    In a forked process there is none, and the rank would wait for it for ever.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager
