@@ -6,6 +6,7 @@ reads small JSON documents of the store and nothing else.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from orrery.tuning import planning
 # Verbs that save their state when they are told to stop, and what their ends take beside the saving.
 SAVES = frozenset({"train", "trial"})
 AFTER_SAVING_S = 3.0
+LEAST_GRACE_S = 30  # Kubernetes' own; a light step ends within it
+ENDING_S = 3  # from the end of a save to the end of the process
 
 
 @dataclass(frozen=True)
@@ -507,6 +510,13 @@ class Planner:
 def outlives(verb: str, spec: ModelSpec) -> float:
     """Return how many seconds a step may need to save its state when it is told to stop."""
     return seconds(spec.train.checkpoint.within) + AFTER_SAVING_S if verb in SAVES else 0.0
+
+
+def grace(compute: platform.Compute, outlive: float) -> int:
+    """Return the seconds from SIGTERM to SIGKILL: the compute class's, or what the step needs to save (`outlives`)."""
+    if compute.grace is not None:
+        return seconds(compute.grace)
+    return max(LEAST_GRACE_S, math.ceil(outlive) + ENDING_S if outlive else 0)
 
 
 def attempt_folder(request: Request, run: str | None = None) -> str:

@@ -29,7 +29,7 @@ from orrery.faults import KINDS, Fault
 from orrery.goodput import OFTEN
 from orrery.local import LocalProcess
 from orrery.placement import placement
-from orrery.plan import Plan, Planner, Request
+from orrery.plan import Plan, Planner, Request, grace
 from orrery.platform import Compute, Platform
 from orrery.spec import seconds
 from orrery.store import OUTAGE, Store
@@ -37,7 +37,6 @@ from orrery.store import OUTAGE, Store
 log = logging.getLogger("orrery.twin")
 LOOK_S = 0.05
 WORDS, AWAY = "last-words", "store-is-away"  # files in a folder of the rehearsal's own
-LEAST_GRACE_S, ENDING_S = 30.0, 3.0  # as a pod is given them, see `cluster.template.grace`
 
 
 @dataclass
@@ -113,8 +112,7 @@ class Twin:
         """Return the seconds from SIGTERM to SIGKILL."""
         if fault.grace is not None:
             return fault.grace
-        given = self.compute(plan).grace
-        return float(seconds(given)) if given else max(LEAST_GRACE_S, math.ceil(plan.outlive) + ENDING_S)
+        return float(grace(self.compute(plan), plan.outlive))
 
 
 def _marked(ending: Ending, fault: Fault) -> Ending:

@@ -18,13 +18,13 @@ from core_verbs import wait_for
 
 from orrery import attempts, budgets, cli, faults, platform, runner
 from orrery.attempts import Attempt
-from orrery.cluster import template
 from orrery.contract import Result
 from orrery.endings import Ending, without_result
 from orrery.errors import Interrupted, OrreryError, RequestError, TryAgain, UserError
 from orrery.faults import parse
 from orrery.ledger import Ledger
 from orrery.local import LocalProcess
+from orrery.plan import grace
 from orrery.runner import StepFailed, StepVanished
 from orrery.twin import Twin
 
@@ -382,7 +382,7 @@ def test_the_class_decides_how_long_a_pod_waits_and_may_take_to_end(house: House
     assert rehearsal.twin.grace(given, train) == 3.0
     for plan in (train, probe):
         free = replace(plan, compute="cpu-light")
-        assert rehearsal.twin.grace(plain, free) == template.grace(rehearsal.twin.compute(free), free.outlive)
+        assert rehearsal.twin.grace(plain, free) == grace(rehearsal.twin.compute(free), free.outlive)
 
 
 # -- the command line ----------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ Each that a reader would not expect says why it is so.
 from __future__ import annotations
 
 import logging
-import math
 from typing import TypedDict
 
 from kubernetes.client import models as k8s
@@ -14,7 +13,7 @@ from kubernetes.client import models as k8s
 from orrery.cluster import names, spark
 from orrery.contract import StepConfig
 from orrery.errors import SpecError, UserError
-from orrery.plan import Plan
+from orrery.plan import Plan, grace
 from orrery.platform import Compute, Platform, Toleration
 from orrery.spec import seconds
 from orrery.uri import has_secret
@@ -22,8 +21,6 @@ from orrery.uri import has_secret
 log = logging.getLogger(__name__)
 
 CONTAINER = "base"  # what the pod operator calls it
-LEAST_GRACE_S = 30  # Kubernetes' own; a light step ends within it
-ENDING_S = 3  # from the end of a save to the end of the process
 # Kubernetes reads it when the container has ended, and keeps it in the pod's status.
 LAST_WORDS = "/dev/termination-log"
 SCRATCH, SHARED_MEMORY = "/tmp", "/dev/shm"  # noqa: S108 - volumes of the pod's own
@@ -202,13 +199,6 @@ def local_store(uri: str) -> str:
         f"the store is a folder, {uri}: a pod has its own disk, and finds it only where the cluster mounts it into "
         "each pod at that path. All can reach a bucket: `store` in platform.yaml, or ORRERY_STORE (s3://…)"
     )
-
-
-def grace(compute: Compute, outlive: float) -> int:
-    """Return the seconds from SIGTERM to SIGKILL: the class's, or what the step needs to save."""
-    if compute.grace is not None:
-        return seconds(compute.grace)
-    return max(LEAST_GRACE_S, math.ceil(outlive) + ENDING_S if outlive else 0)
 
 
 def _resources(compute: Compute) -> k8s.V1ResourceRequirements:

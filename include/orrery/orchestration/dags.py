@@ -169,14 +169,7 @@ def _dag(
         doc_md=doc,
         deadline=notify.deadline(project, verb, spec),
         params=params.form(verb, spec),
-        default_args={
-            "owner": spec.owner,
-            "retries": retry.RETRIES,
-            "retry_delay": retry.DELAY,
-            "retry_exponential_backoff": 2,
-            "max_retry_delay": retry.MAX_DELAY,
-            "retry_policy": retry.policy(),
-        },
+        default_args=retry.defaults(spec.owner),
         **kwargs,
     )
 

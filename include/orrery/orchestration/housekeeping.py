@@ -70,14 +70,9 @@ def _dag(name: str, every: str, description: str, doc: str | None) -> DAG:
         doc_md=doc,
         params=form(name),
         default_args={
-            "owner": OWNER,
+            **retry.defaults(OWNER),
             "pool": light.pool,
             "execution_timeout": timedelta(seconds=seconds(light.timeout)),
-            "retries": retry.RETRIES,
-            "retry_delay": retry.DELAY,
-            "retry_exponential_backoff": 2,
-            "max_retry_delay": retry.MAX_DELAY,
-            "retry_policy": retry.policy(),
         },
     )
 

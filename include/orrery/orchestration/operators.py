@@ -215,7 +215,7 @@ class StepOperator(BaseOperator):
         Raises `BudgetSpent`: a worker that is killed asks no retry policy, so the limits are looked at here too.
         """
         most = budgets.of(self.verb, planner.spec)
-        before = history(planner, request, lambda folder: self._wait_for_end(planner, folder))
+        before = history(planner, request, lambda folder: self._wait_for_end(planner, request, folder))
         task = recorded(planner.ledger, request.project, request.run, request.task)
         if over := most.over(task):
             raise BudgetSpent(
@@ -249,7 +249,7 @@ class StepOperator(BaseOperator):
         launch.stop = process.stop  # type: ignore[attr-defined]
         return launch
 
-    def _wait_for_end(self, planner: Planner, folder: str) -> Ending | None:
+    def _wait_for_end(self, planner: Planner, request: Request, folder: str) -> Ending | None:
         """Wait for the step of an earlier attempt whose worker is gone; return how its machine ended it, if known."""
         wait_for_end(planner.store, folder, outlives(self.verb, planner.spec) + AFTER_SAVING_S)
         return None

@@ -29,7 +29,7 @@ from orrery.orchestration import retry
 from orrery.orchestration.operators import StepOperator, Told
 from orrery.orchestration.pod_trigger import PodTrigger
 from orrery.orchestration.reach import reaching
-from orrery.plan import Plan, Planner, Request, attempt_folder, outlives, safe_name
+from orrery.plan import Plan, Planner, Request, attempt_folder, grace, outlives
 from orrery.platform import Compute
 from orrery.runner import CHANGES, GoesOn, conclude, read_result
 from orrery.spec import seconds
@@ -77,7 +77,6 @@ class PodStepOperator(StepOperator, KubernetesPodOperator):
         }
         super().__init__(project=project, verb=verb, compute=compute, chain=chain, **pod, **kwargs)
         self._event: dict[str, Any] | None = None
-        self._named = ""
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Return a small summary of the result, like `StepOperator.execute`."""
@@ -113,23 +112,17 @@ class PodStepOperator(StepOperator, KubernetesPodOperator):
     def _make_launcher(self, context: Context, planner: Planner) -> Any:
         return PodLauncher(self, context, planner, self._told[-1].request)
 
-    def _next_attempt(self, context: Context, planner: Planner, request: Request) -> Request:
-        self._named = request.run
-        return super()._next_attempt(context, planner, request)
-
-    def _is_of_this_run(self, folder: str) -> bool:
-        """Tell whether an attempt was made under the run's name of now: who clears a task gives the run a new one."""
-        return folder.startswith(f"{self.project}/runs/{safe_name(self._named)}/")
-
-    def _wait_for_end(self, planner: Planner, folder: str) -> Ending | None:
+    def _wait_for_end(self, planner: Planner, request: Request, folder: str) -> Ending | None:
         """Wait for a lost attempt's pod that was told to go and is saving; remove one that has ended, and say how."""
         compute = planner.platform.compute_class(_compute_of(planner, folder, self.compute))
-        grace = template.grace(compute, outlives(self.verb, planner.spec))
-        cluster, until = Cluster(self, planner), time.monotonic() + grace + MARGIN_S
+        patience = grace(compute, outlives(self.verb, planner.spec))
+        cluster, until = Cluster(self, planner), time.monotonic() + patience + MARGIN_S
+        # Who clears a task gives its run a new name.
+        cleared = folder.rpartition("/")[0] != attempt_folder(request).rpartition("/")[0]
         while True:
             mine = [u for u in cluster.units([folder]) if u.folder == folder]
             for unit in mine:
-                if unit.state == "live" and not self._is_of_this_run(folder):
+                if unit.state == "live" and cleared:
                     # Who cleared the task has its pod ended; the triggerer may not have come to that yet.
                     cluster.delete(unit.address)
                     mine = [*(u for u in mine if u is not unit), replace(unit, state="ending")]
@@ -141,7 +134,7 @@ class PodStepOperator(StepOperator, KubernetesPodOperator):
         ended = None
         for unit in mine:
             if unit.state == "dead":
-                ended = cluster.ending(unit, grace)
+                ended = cluster.ending(unit, patience)
                 cluster.delete(unit.address)
         return ended
 
@@ -275,7 +268,7 @@ class PodLauncher:
             folder=folder,
             began=now,
             wait_until=now + seconds(compute.wait),
-            grace=float(template.grace(compute, plan.outlive)),
+            grace=float(grace(compute, plan.outlive)),
             silent=float(seconds(cluster.silent_node)),
             blind=float(seconds(compute.timeout) + seconds(compute.wait)),
             pods=pods,

@@ -46,6 +46,18 @@ def policy() -> ExceptionRetryPolicy:
     )
 
 
+def defaults(owner: str) -> dict[str, Any]:
+    """Return the `default_args` of every Dag: whose it is, and how tasks that are no step are tried again."""
+    return {
+        "owner": owner,
+        "retries": RETRIES,
+        "retry_delay": DELAY,
+        "retry_exponential_backoff": 2,
+        "max_retry_delay": MAX_DELAY,
+        "retry_policy": policy(),
+    }
+
+
 class BudgetPolicy(RetryPolicy):
     """Tries a step again as long as the budget of the failure's kind lasts, counted in the ledger.
 

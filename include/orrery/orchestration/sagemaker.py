@@ -78,7 +78,7 @@ class SageMakerStepOperator(StepOperator):
     def _make_launcher(self, context: Context, planner: Planner) -> Any:
         return JobLauncher(planner, self._told[-1].request)
 
-    def _wait_for_end(self, planner: Planner, folder: str) -> Ending | None:
+    def _wait_for_end(self, planner: Planner, request: Request, folder: str) -> Ending | None:
         """Wait for a job that was told to stop and is saving: the next attempt goes on from what it saves."""
         settings = planner.platform.compute_class(self.compute).sagemaker
         slot = jobs.slot(planner.store.uri, folder)

@@ -46,15 +46,10 @@ def watch_dag(project: str, spec: ModelSpec, doc: str | None) -> DAG:
         description=f"waits for partitions to land at the sources of {project}",
         doc_md=doc,
         default_args={
-            "owner": spec.owner,
+            **retry.defaults(spec.owner),
             # A deferred wait takes no slot of the pool, and its time does not count.
             "pool": light.pool,
             "execution_timeout": timedelta(seconds=seconds(light.timeout)),
-            "retries": retry.RETRIES,
-            "retry_delay": retry.DELAY,
-            "retry_exponential_backoff": 2,
-            "max_retry_delay": retry.MAX_DELAY,
-            "retry_policy": retry.policy(),
         },
     )
     with dag:
