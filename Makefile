@@ -22,7 +22,7 @@ environments:
 	@$(PYTHON) docker/venv.py airflow ml spark
 
 test-environments:
-	@$(PYTHON) docker/venv.py --test airflow ml spark cloud dev upstream
+	@$(PYTHON) docker/venv.py --test airflow ml spark cloud rag serve llm dev upstream
 
 demo: environments ## Real flights through the whole loop in Airflow: land, train, promote, score
 	@$(PYTHON) docker/venv.py upstream

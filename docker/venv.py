@@ -26,7 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
 VENVS = Path(os.environ.get("ORRERY_VENVS") or ROOT / ".venvs")
 UV_VERSION = "0.13.9"
 NETWORK = "is there a network, and does pip's own configuration (pip config list) reach a package index?"
-ENVIRONMENTS = ("airflow", "ml", "spark", "cloud")
+ENVIRONMENTS = ("airflow", "ml", "spark", "cloud", "rag", "serve", "llm")
+# Installed as locked, without asking each package what it depends on: see [tool.uv] in pyproject.toml.
+NO_DEPS = ("llm",)
 # The demo's data and the benchmarks' rivals: each in a folder of its own, without what it depends on.
 DATA = {
     "upstream": ROOT / "include" / "demo" / "requirements.txt",
@@ -164,6 +166,8 @@ def make(uv: Path, name: str, *, with_tests: bool) -> None:
         run(f"making environment {name}", made, f"remove {home}, then run it again", env=env)
     # --exact: what is pinned no more leaves. One call, or the second would remove what the first has brought.
     install = [str(uv), "pip", "install", "-q", "--exact", "--compile-bytecode", "--python", str(python)]
+    if name in NO_DEPS:
+        install.append("--no-deps")
     for file in files:
         install += ["-r", str(file)]
     if name != "dev":

@@ -1,7 +1,8 @@
 """Run every check and every test, each test folder in its own environment: what `make test` calls.
 
 python tests/run.py                  everything
-python tests/run.py --only NAME      one group: lint, types, airflow, demo, ml, spark, cloud, faults
+python tests/run.py --only NAME      one group: lint, types, airflow, demo, ml, spark, cloud, rag,
+                                 serve, llm, faults
 """
 
 from __future__ import annotations
@@ -24,12 +25,18 @@ FOLDERS = {
     "ml": ("data", "features", "training", "evaluation", "registry", "monitoring", "tuning"),
     "spark": ("scoring",),
     "cloud": ("cloud",),
+    "rag": ("rag",),
+    "serve": ("serving",),
+    "llm": ("llm",),
 }
 ENVIRONMENT = {
     "airflow": "airflow",
     "ml": "ml",
     "spark": "spark",
     "cloud": "cloud",
+    "rag": "rag",
+    "serve": "serve",
+    "llm": "llm",
     "faults": "airflow",
     "demo": "airflow",
 }

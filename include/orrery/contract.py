@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from orrery.errors import RequestError
 from orrery.store import Ref
 
+Kind = Literal["model", "knowledge_base"]
 Status = Literal["done", "user", "try_again", "interrupted", "bug"]
 STATUS_OF_CODE: dict[int, Status] = {0: "done", 64: "user", 75: "try_again", 143: "interrupted"}
 
@@ -295,6 +296,7 @@ class StepConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     version: Literal[1] = 1
     project: str
+    kind: Kind = "model"
     verb: str
     key: str = Field(description="The partition, or the window as first..last.")
     partitions: tuple[str, ...] = Field(description="The partitions that the key covers.")

@@ -29,6 +29,8 @@ ADDRESSES = {
     "data": "ORRERY_DATA",
     "tuning": "ORRERY_TUNING",
 }
+# Addresses that may be none.
+OPTIONAL = {"qdrant": "ORRERY_QDRANT"}
 
 
 def pinned(image: str) -> str:
@@ -212,6 +214,20 @@ class Wandb(Frozen):
     entity: Annotated[str, StringConstraints(pattern=r"^[\w-]{1,128}$")] | None = None
 
 
+class LanguageModel(Frozen):
+    """A language model that speaks OpenAI's protocol: vLLM, TGI, Ollama, llama.cpp, or a hosted one."""
+
+    url: Annotated[str, StringConstraints(pattern=r"^https?://[^\s@]+$")] = Field(
+        description="Its base, such as http://127.0.0.1:8090/v1."
+    )
+    model: str = Field(min_length=1, max_length=200, description="What the server calls it.")
+    key_env: Annotated[str, StringConstraints(pattern=r"^[A-Z][A-Z0-9_]{0,100}$")] | None = Field(
+        None, description="The environment variable that holds its key; none: it wants no key."
+    )
+    timeout: float = Field(20.0, gt=0, le=600, description="Seconds until an answer must be there.")
+    context: int = Field(2048, ge=256, description="Tokens of prompt and answer together that it takes.")
+
+
 class Retention(Frozen):
     """How long what is no longer needed stays, for `orrery housekeeping`. None: for ever."""
 
@@ -271,6 +287,11 @@ class Platform(Frozen):
     kubernetes: Kubernetes = Kubernetes()
     spark: Spark = Spark()
     feast: Feast = Feast()
+    qdrant: str | None = Field(
+        None,
+        description="URL of a Qdrant server, its key in ORRERY_QDRANT_KEY; none: a generation is a folder in the store.",
+    )
+    llms: dict[Name, LanguageModel] = Field(default_factory=dict, description="Language models by name.")
     alerts: Alerts = Alerts()
     retention: Retention = Retention()
 
@@ -345,7 +366,7 @@ def load(file: Path | None = None) -> Platform:
         str(file),
         str(home()),
         _mlflow_port(),
-        *(os.environ.get(v) for v in (*ADDRESSES.values(), "ORRERY_FEAST", "ORRERY_STAGE")),
+        *(os.environ.get(v) for v in (*ADDRESSES.values(), *OPTIONAL.values(), "ORRERY_FEAST", "ORRERY_STAGE")),
     )
     try:
         return _load(key, file.stat().st_mtime_ns)
@@ -367,7 +388,7 @@ def _mlflow_port() -> str:
 def _load(key: tuple[str | None, ...], mtime: int) -> Platform:
     file, root = Path(str(key[0])), str(key[1])
     data, lines = yamlfile.read(file)
-    for field, variable in {**ADDRESSES, "stage": "ORRERY_STAGE"}.items():
+    for field, variable in {**ADDRESSES, **OPTIONAL, "stage": "ORRERY_STAGE"}.items():
         if os.environ.get(variable):
             data[field] = os.environ[variable]
     if os.environ.get("ORRERY_FEAST"):

@@ -8,84 +8,43 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from orrery import yamlfile
 from orrery.errors import RequestError, SpecError, nearest
+from orrery.fields import (
+    COLUMN,
+    NAME,
+    SCHEDULES,
+    UNITS,
+    Column,
+    ComputeName,
+    Cron,
+    Duration,
+    Frozen,
+    Name,
+    part,
+    seconds,
+)
 from orrery.partitions import Grain, parse
+from orrery.rag.spec import KnowledgeBaseSpec
 from orrery.uri import has_secret
 
-NAME = r"^[a-z][a-z0-9_]{0,62}$"
-Name = Annotated[str, StringConstraints(pattern=NAME)]
-ComputeName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,62}$")]
-COLUMN = r"[A-Za-z_][A-Za-z0-9_.]{0,126}"
-Column = Annotated[str, StringConstraints(pattern=f"^{COLUMN}$")]
-# The five fields of a cron, what each is called in an error, and its range; months and weekdays have names, too.
-CRON_FIELDS = (("minute", 0, 59), ("hour", 0, 23), ("day of the month", 1, 31), ("month", 1, 12), ("weekday", 0, 7))
-MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-WEEKDAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
-
-
-def _cron(text: str) -> str:
-    """Refuse what Airflow could not schedule by: a Dag file with such a cron would lose all of its Dags."""
-    words = text.split()
-    if len(words) != len(CRON_FIELDS):
-        raise ValueError(f"a cron has five fields, such as '0 6 2 * *' (6:00 on each month's 2nd), not {len(words)}")
-    for word, (name, low, high) in zip(words, CRON_FIELDS, strict=True):
-        for part in word.split(","):
-            span, _, step = part.partition("/")
-            ends = [str(low), str(high)] if span == "*" else span.split("-")
-            numbers = [_cron_number(end, name, low) for end in ends]
-            fine = len(numbers) <= 2 and all(n is not None and low <= n <= high for n in numbers)
-            if not fine or (step and not re.fullmatch("[1-9][0-9]*", step)) or part.endswith("/"):
-                raise ValueError(f"cron: {name} {part!r} is not in {low} to {high}, *, a-b, or one of these with /step")
-    return text
-
-
-def _cron_number(text: str, field: str, low: int) -> int | None:
-    names = {"month": MONTHS, "weekday": WEEKDAYS}.get(field, ())
-    if text.lower() in names:
-        return names.index(text.lower()) + low
-    return int(text) if re.fullmatch("[0-9]{1,2}", text, flags=re.ASCII) else None
-
-
-Cron = Annotated[str, AfterValidator(_cron)]
-Duration = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{0,5}(s|m|h|d)$")]
-UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-SCHEDULES: dict[Grain, str] = {"hour": "15 * * * *", "day": "0 6 * * *", "month": "0 6 2 * *", "year": "0 6 2 1 *"}
-
-
-def seconds(duration: str) -> int:
-    """Return a duration such as `90s`, `15m`, `2h` or `7d` in seconds."""
-    return int(duration[:-1]) * UNITS[duration[-1]]
-
-
-class Frozen(BaseModel):
-    """Base of everything a person writes: immutable, and no key that we do not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
-
-
-F = TypeVar("F", bound=Frozen)
-
-
-def _part(model: type[F], value: Any, *at: str) -> F:
-    """Check a part of the file whose model depends on its place; an error keeps that place."""
-    try:
-        return model.model_validate(value)
-    except ValidationError as e:
-        raise yamlfile.Inside(at, e, model) from None
+__all__ = [
+    "COLUMN",
+    "NAME",
+    "UNITS",
+    "Column",
+    "ComputeName",
+    "Cron",
+    "Duration",
+    "Frozen",
+    "KnowledgeBaseSpec",
+    "Name",
+    "seconds",
+]
 
 
 class Label(Frozen):
@@ -447,7 +406,7 @@ class ModelSpec(Frozen):
                 raise yamlfile.Inside((metric,), f"unknown metric {metric!r}; {options}")
             if metric == "approval" and bound == "human":
                 continue
-            _part(GATE_EXTRAS.get(metric, Bound), bound, metric)
+            part(GATE_EXTRAS.get(metric, Bound), bound, metric)
         return value
 
     @model_validator(mode="after")
@@ -522,8 +481,8 @@ class ModelSpec(Frozen):
             flat = {k: v for k, v in self.checks.items() if k not in self.sources}
             nested = self.checks.get(source) or {}
             if isinstance(nested, dict):
-                return _part(Checks, {**flat, **nested}, "checks", *([source] if nested else []))
-        return _part(Checks, self.checks.get(source) or {}, "checks", source)
+                return part(Checks, {**flat, **nested}, "checks", *([source] if nested else []))
+        return part(Checks, self.checks.get(source) or {}, "checks", source)
 
     @property
     def bounds(self) -> dict[str, Bound]:
@@ -571,26 +530,6 @@ GATE_EXTRAS: dict[str, type[Disparity] | type[Approval]] = {"disparity": Dispari
 PRIMARY: dict[str, str] = {"binary": "auc", "multiclass": "log_loss", "regression": "rmse"}
 
 
-class KnowledgeSource(Frozen):
-    """One source of documents."""
-
-    uri: str
-    groups: tuple[Name, ...] = Field(("everyone",), min_length=1, description="Who may read what comes from it.")
-
-
-class KnowledgeBaseSpec(Frozen):
-    """A knowledge base: `kind: knowledge_base`."""
-
-    version: Literal[1]
-    kind: Literal["knowledge_base"]
-    owner: str = Field(min_length=1, max_length=100)
-    description: str = ""
-    sources: dict[Name, KnowledgeSource] = Field(min_length=1)
-    schedule: Cron = Field("0 2 * * *", description="Cron of the nightly reindex (UTC).")
-    questions: str | None = Field(None, description="A file of labelled questions in the project folder.")
-    llm: Name | None = Field(None, description="Language model endpoint of platform.yaml.")
-
-
 Spec = ModelSpec | KnowledgeBaseSpec
 KINDS: dict[str, type[ModelSpec] | type[KnowledgeBaseSpec]] = {
     "model": ModelSpec,
@@ -614,4 +553,12 @@ def load_model(folder: Path) -> ModelSpec:
     spec = load(folder)
     if not isinstance(spec, ModelSpec):
         raise SpecError(f"{folder / 'spec.yaml'}: this is a {spec.kind}, not a model")
+    return spec
+
+
+def load_knowledge(folder: Path) -> KnowledgeBaseSpec:
+    """Like `load`, for a project that must be a knowledge base."""
+    spec = load(folder)
+    if not isinstance(spec, KnowledgeBaseSpec):
+        raise SpecError(f"{folder / 'spec.yaml'}: this is a {spec.kind}, not a knowledge base")
     return spec

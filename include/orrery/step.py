@@ -28,10 +28,11 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from orrery import bundle, fingerprint, imports, lastwords, log
-from orrery.contract import STATUS_OF_CODE, VERBS, Node, Result, StepConfig, StepError, Verb
+from orrery.catalogue import verb_of
+from orrery.contract import STATUS_OF_CODE, Node, Result, StepConfig, StepError, Verb
 from orrery.errors import BUG, DONE, INTERRUPTED, Interrupted, OrreryError, RequestError, TryAgain, UserError
 from orrery.lease import Lease
-from orrery.spec import ModelSpec, load_model
+from orrery.spec import KnowledgeBaseSpec, ModelSpec, load_knowledge, load_model
 from orrery.store import File, Manifest, Store, content_digest, trouble
 
 T = TypeVar("T")
@@ -46,7 +47,7 @@ class Work:
 
     def __init__(self, config: StepConfig, store: Store, scratch: Path) -> None:
         self.config, self.store, self.scratch = config, store, scratch
-        self.verb: Verb = VERBS[config.verb]
+        self.verb: Verb = verb_of(config)
         self.node = Node.here(os.environ)
         self.log = log.get()
         self.address = config.address or ""
@@ -67,8 +68,13 @@ class Work:
 
     @cached_property
     def spec(self) -> ModelSpec:
-        """The project's spec."""
+        """The project's spec, of a model."""
         return load_model(self.project_folder)
+
+    @cached_property
+    def knowledge(self) -> KnowledgeBaseSpec:
+        """The project's spec, of a knowledge base."""
+        return load_knowledge(self.project_folder)
 
     def module(self, name: str) -> Any:
         """Import the project's `features` or `model` module."""
@@ -261,9 +267,7 @@ def _now() -> str:
 
 def execute(config: StepConfig, store: Store, scratch: Path, seconds: dict[str, float]) -> Result:
     """Run one attempt to its committed result. Raises what the verb raises."""
-    verb = VERBS.get(config.verb)
-    if verb is None:
-        raise RequestError(f"unknown verb {config.verb!r}", hint=f"known: {', '.join(VERBS)}")
+    verb = verb_of(config)
     try:
         params = verb.params.model_validate(config.params)
     except ValidationError as e:

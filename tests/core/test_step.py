@@ -232,7 +232,7 @@ def test_a_config_that_is_none(house: House) -> None:
     assert "attempt" in told(base.model_dump_json().replace('"attempt":1', '"attempt":"many"').encode())
     assert "password" in told(base.model_dump_json()[:-1].encode() + b', "password": "x"}')
     assert house.tell(base.model_copy(update={"verb": "prob"}), result)[0] == 64
-    assert "unknown verb" in house.store.read("x/result.json").decode()
+    assert "unknown step" in house.store.read("x/result.json").decode()
     assert house.tell(base.model_copy(update={"params": {"mod": 1}}), result)[0] == 64
     assert "probe: mod: Extra inputs" in house.store.read("x/result.json").decode()
 

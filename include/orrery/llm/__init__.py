@@ -1,0 +1,1 @@
+"""Language models: one client for all that speak OpenAI's protocol, and how they are started."""

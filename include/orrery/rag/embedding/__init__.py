@@ -1,0 +1,1 @@
+"""From text to vectors: a small transformer in ONNX, and BM25's term weights."""

@@ -1,0 +1,1 @@
+"""The service that answers questions from a knowledge base, with sources."""
