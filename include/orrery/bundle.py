@@ -33,11 +33,13 @@ class Bundle:
     data: bytes
 
 
-def _files(folder: Path) -> list[Path]:
+def _files(folder: Path, wholly: tuple[str, ...] = ()) -> list[Path]:
     out = []
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
-        if any(p in IGNORED_NAMES or p.startswith(".") for p in parts) or path.suffix in IGNORED_SUFFIXES:
+        if any(p in IGNORED_NAMES or p.startswith(".") for p in parts):
+            continue
+        if path.suffix in IGNORED_SUFFIXES and not any(path.is_relative_to(folder / name) for name in wholly):
             continue
         if path.is_symlink():
             raise SpecError(f"{path}: a project folder may hold no symbolic links", hint="copy the file")
@@ -46,9 +48,12 @@ def _files(folder: Path) -> list[Path]:
     return out
 
 
-def pack(folder: Path) -> Bundle:
-    """Pack a project folder. The digest is sha256 over (path, sha256 of the bytes) of every file, sorted."""
-    files = _files(folder)
+def pack(folder: Path, wholly: tuple[str, ...] = ()) -> Bundle:
+    """Pack a project folder. The digest is sha256 over (path, sha256 of the bytes) of every file, sorted.
+
+    `wholly`: folders in it that are packed with documents for people, too: a knowledge base reads them.
+    """
+    files = _files(folder, wholly)
     total = sum(f.stat().st_size for f in files)
     if total > MAX_BYTES:
         largest = max(files, key=lambda f: f.stat().st_size)

@@ -6,11 +6,11 @@ from typing import Any
 
 from orrery.errors import RequestError, UserError, nearest
 from orrery.ledger import Entry
-from orrery.plan import Planner, Request, safe_name
+from orrery.planner import BasePlanner, Request, safe_name
 
 
 def rollback_request(
-    planner: Planner, to: str | None, *, run: str, attempt: int = 1, actor: str, reason: str
+    planner: BasePlanner, to: str | None, *, run: str, attempt: int = 1, actor: str, reason: str
 ) -> Request:
     """Return the request that makes version `to` the champion again (the champion before, when None).
 
@@ -29,14 +29,22 @@ def rollback_request(
     model = planner.store.manifest(versions[target])
     if model is None:
         raise UserError(f"the model of version {target} ({versions[target]}) is gone from {planner.store.uri}")
-    keys = tuple(ref.key for ref in model.inputs["features"])
     options: dict[str, Any] = {"version": target, "model": versions[target], "previous": now.version}
     return Request(
-        project, "rollback", keys, run, "rollback", attempt=attempt, actor=actor, reason=reason, options=options
+        project,
+        "rollback",
+        planner.keys_of(model),
+        run,
+        "rollback",
+        attempt=attempt,
+        actor=actor,
+        reason=reason,
+        options=options,
+        kind=planner.kind,
     )
 
 
-def rolled_back(planner: Planner, run: str) -> Entry | None:
+def rolled_back(planner: BasePlanner, run: str) -> Entry | None:
     """Return the rollback that this run has done: tried again or cleared, it must not go one further back."""
     project = planner.project
     done = planner.ledger.get(project, "rollback", safe_name(run), "done")
@@ -47,7 +55,7 @@ def rolled_back(planner: Planner, run: str) -> Entry | None:
     return ended[-1] if ended else None
 
 
-def _before(planner: Planner, version: str) -> str:
+def _before(planner: BasePlanner, version: str) -> str:
     """Return the champion below the present one. Raises `UserError` when there is none."""
     stack = planner.ledger.champions(planner.project)
     if len(stack) < 2:

@@ -289,7 +289,7 @@ class Platform(Frozen):
     feast: Feast = Feast()
     qdrant: str | None = Field(
         None,
-        description="URL of a Qdrant server, its key in ORRERY_QDRANT_KEY; none: a generation is a folder in the store.",
+        description="URL of a Qdrant server, its key in ORRERY_QDRANT_KEY; none: generations are folders in the store.",
     )
     llms: dict[Name, LanguageModel] = Field(default_factory=dict, description="Language models by name.")
     alerts: Alerts = Alerts()

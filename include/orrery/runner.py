@@ -21,7 +21,7 @@ from orrery.endings import Ending, judged, without_result
 from orrery.errors import TRY_AGAIN, Interrupted, OrreryError, TryAgain, UserError
 from orrery.lease import Lease
 from orrery.ledger import KEPT, Entry, Kind, Ledger, unfinished
-from orrery.plan import Plan, Planner, Request, attempt_folder, safe_name
+from orrery.planner import BasePlanner, Plan, Request, attempt_folder, safe_name
 from orrery.store import Store
 
 # What changes the champion, and what the ledger calls it.
@@ -63,7 +63,9 @@ def prepare(plan: Plan, store: Store) -> None:
     store.put(f"{plan.config.folder}/config.json", plan.config.model_dump_json(indent=1).encode())
 
 
-def run(planner: Planner, request: Request, launch: Launcher, started: Callable[[Plan], None] | None = None) -> Result:
+def run(
+    planner: BasePlanner, request: Request, launch: Launcher, started: Callable[[Plan], None] | None = None
+) -> Result:
     """Carry one request to its end and record it. Raises the error that the result document tells.
 
     `started` is told of the plan just before the step is launched (operator links need it then).
@@ -76,7 +78,7 @@ def run(planner: Planner, request: Request, launch: Launcher, started: Callable[
         return _carry(planner, request, launch, started)
 
 
-def _carry(planner: Planner, request: Request, launch: Launcher, started: Callable[[Plan], None] | None) -> Result:
+def _carry(planner: BasePlanner, request: Request, launch: Launcher, started: Callable[[Plan], None] | None) -> Result:
     clock = time.monotonic()
     attempt = _begun(planner, request)
     plan = planner.plan(request)
@@ -110,7 +112,9 @@ def _carry(planner: Planner, request: Request, launch: Launcher, started: Callab
     return result
 
 
-def conclude(planner: Planner, request: Request, plan: Plan, result: Result, ran: str, waited_s: float = 0.0) -> Result:
+def conclude(
+    planner: BasePlanner, request: Request, plan: Plan, result: Result, ran: str, waited_s: float = 0.0
+) -> Result:
     """Record the end of an attempt whose launcher raised `GoesOn`; `ran` is the folder that the step worked in.
 
     `waited_s`: how long no machine was there for it, which nobody paid for. Raises the error that the result tells.
@@ -124,13 +128,13 @@ def conclude(planner: Planner, request: Request, plan: Plan, result: Result, ran
     return result
 
 
-def _begun(planner: Planner, request: Request) -> Attempt:
+def _begun(planner: BasePlanner, request: Request) -> Attempt:
     name = planner.compute_of(request)
     compute = planner.platform.compute.get(name)
     return attempts.begun(request.attempt, name, compute, request.queued_s, request.placed)
 
 
-def _ended(planner: Planner, plan: Plan, attempt: Attempt, result: Result, clock: float) -> Attempt:
+def _ended(planner: BasePlanner, plan: Plan, attempt: Attempt, result: Result, clock: float) -> Attempt:
     progress = attempts.progress_of(planner.store, plan.config.folder)
     waited_s = float(plan.told.pop(WAITED, 0.0))
     wall_s = time.monotonic() - clock - waited_s
@@ -202,7 +206,7 @@ def _repeat(plan: Plan) -> str:
     return "" if plan.verb.effect else f"to repeat it: orrery reproduce {plan.config.project} {plan.config.folder}"
 
 
-def _promotion(planner: Planner, request: Request, plan: Plan) -> dict[str, Any]:
+def _promotion(planner: BasePlanner, request: Request, plan: Plan) -> dict[str, Any]:
     """Return what is recorded of a promotion or rollback: from, to, why, evidence."""
     params, inputs = plan.config.params, plan.config.inputs
     model = (inputs.get("candidate") or inputs["model"])[0].path
@@ -217,7 +221,7 @@ def _promotion(planner: Planner, request: Request, plan: Plan) -> dict[str, Any]
     }
 
 
-def _intend(planner: Planner, request: Request, plan: Plan) -> Entry:
+def _intend(planner: BasePlanner, request: Request, plan: Plan) -> Entry:
     """Record what is about to be done; return the entry to complete.
 
     The same change intended by a run that did not finish it is taken over: a cleared run and a repeat at the
@@ -238,7 +242,7 @@ def _intend(planner: Planner, request: Request, plan: Plan) -> Entry:
     return found
 
 
-def _complete(planner: Planner, intent: Entry) -> None:
+def _complete(planner: BasePlanner, intent: Entry) -> None:
     """Record that the effect is done, with what was intended: after a crash `previous` reads as the new version."""
     planner.ledger.record(intent.project, intent.kind, intent.key, "done", intent.actor, intent.payload)
 
@@ -247,7 +251,7 @@ def _kind(request: Request) -> Kind:
     return CHANGES[request.verb]
 
 
-def _record(planner: Planner, request: Request, plan: Plan, result: Result, attempt: Attempt) -> None:
+def _record(planner: BasePlanner, request: Request, plan: Plan, result: Result, attempt: Attempt) -> None:
     """Append the attempt (and what a gate or a monitor decided) to the ledger, once."""
     payload = _payload(request.verb, request.key, plan.config.folder, result, attempt)
     if request.verb == "register" and "model_version" in result.facts:
@@ -257,7 +261,7 @@ def _record(planner: Planner, request: Request, plan: Plan, result: Result, atte
         _decided(planner, request, f"{plan.config.run}/{request.key}", payload)
 
 
-def _decided(planner: Planner, request: Request, key: str, payload: dict[str, Any]) -> None:
+def _decided(planner: BasePlanner, request: Request, key: str, payload: dict[str, Any]) -> None:
     """Record a decision; a run that was cleared and came to another one keeps both."""
     book = planner.ledger
     if not book.record(request.project, "decision", key, "done", request.actor, payload):
@@ -278,14 +282,16 @@ def _payload(verb: str, key: str, folder: str, result: Result, attempt: Attempt)
     return payload
 
 
-def record_skip(planner: Planner, request: Request, why: str) -> Result:
+def record_skip(planner: BasePlanner, request: Request, why: str) -> Result:
     """Record that there was nothing to do, and return that as the result."""
     result = Result(verdict="skipped", skipped=why, reasons=[why])
     record_unstarted(planner.ledger, request, request.key, result)
     return result
 
 
-def history(planner: Planner, request: Request, wait: Callable[[str], Ending | None] | None = None) -> list[Attempt]:
+def history(
+    planner: BasePlanner, request: Request, wait: Callable[[str], Ending | None] | None = None
+) -> list[Attempt]:
     """Return the earlier attempts of this request in this run, oldest first.
 
     Those whose orchestrator died before it could record them (also before the run was cleared) are put on record, once
@@ -309,7 +315,7 @@ def recorded(ledger: Ledger, project: str, run: str, task: str, key: str | None 
     return attempts.of(e for e in found if attempts.folder_of(e.payload).startswith(mine))
 
 
-def _record_lost(planner: Planner, request: Request, folder: str, ending: Ending | None) -> None:
+def _record_lost(planner: BasePlanner, request: Request, folder: str, ending: Ending | None) -> None:
     """Record an attempt that nobody saw the end of, from what it has left in its folder and on its machine."""
     store = planner.store
     attempt, progress = attempts.read(store, folder), attempts.progress_of(store, folder)

@@ -57,14 +57,14 @@ def test_a_step_loads_nothing_for_people(house: House) -> None:
     done = subprocess.run([sys.executable, "-c", code, *argv[2:]], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[] []"
     assert done.stdout.splitlines()[-2] == "64"  # `probe` is not in that process's catalogue
-    assert "unknown verb 'probe'" in done.stdout
+    assert "unknown step 'probe'" in done.stdout
 
 
 def test_the_installed_command_runs_a_step(house: House) -> None:
     config = house.config().model_copy(update={"verb": "nothing"})
     done = subprocess.run([ORRERY, *house.put(config)[1:]], capture_output=True, text=True, check=False)
     assert done.returncode == 64
-    assert "unknown verb 'nothing'" in done.stdout
+    assert "unknown step 'nothing'" in done.stdout
     assert house.result(config).status == "user"
     assert "Traceback" not in done.stdout + done.stderr
 

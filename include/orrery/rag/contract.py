@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from orrery.contract import Params, PromoteParams, Verb
@@ -46,12 +48,12 @@ class IndexParams(Params):
 
 
 class ProveParams(Params):
-    """`evaluate`: seed of the cross-fitting and the bootstrap, and the server's address; `judge` is the model asked."""
+    """`evaluate`: seed of the cross-fitting and the bootstrap, and the server's address."""
 
     seed: int = 0
     draws: int = 1000
     qdrant: str | None = None
-    judge: str | None = None
+    judge: dict[str, Any] | None = Field(None, description="`LanguageModel` of platform.yaml that judges answers.")
 
 
 class KnowledgeGateParams(Params):
@@ -75,7 +77,6 @@ KNOWLEDGE_VERBS: dict[str, Verb] = {
         _verb("collect", CollectParams, "documents", observes=True, hints=frozenset({"sources", "before", "partial"})),
         _verb("chunk", ChunkParams, "chunks"),
         _verb("embed", EmbedParams, "vectors", compute="cpu-small", hints=frozenset({"device"})),
-        # What it made on a server may have been damaged since: it looks each time, and is quick when all is there.
         _verb("index", IndexParams, "generation"),
         _verb("evaluate", ProveParams, "evaluation", hints=SERVER),
         _verb("gate", KnowledgeGateParams, "verdict", by_address=True),
