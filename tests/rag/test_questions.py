@@ -29,10 +29,25 @@ def asked(id_: str = "q1", quote: str = "the gate compares", uri: str = "gate.md
 
 
 def chunk(
-    text: str, position: int = 0, uri: str = "docs/gate.md", document: str = "d1", groups: tuple[str, ...] = ("everyone",)
+    text: str,
+    position: int = 0,
+    uri: str = "docs/gate.md",
+    document: str = "d1",
+    groups: tuple[str, ...] = ("everyone",),
 ) -> Chunk:
     return Chunk(
-        f"{document}-{position}", document, "guides", uri, "Gate", groups, (), None, text, text, len(text.split()), position
+        f"{document}-{position}",
+        document,
+        "guides",
+        uri,
+        "Gate",
+        groups,
+        (),
+        None,
+        text,
+        text,
+        len(text.split()),
+        position,
     )
 
 
@@ -111,7 +126,10 @@ def test_of_a_quote_that_was_cut_the_larger_part_counts() -> None:
     assert labels(quote, *parts).relevant["q1"] == {"d1-0"}
     parts = (chunk("before the gate compares"), chunk("a candidate with the champion on rows of its future after", 1))
     assert labels(quote, *parts).relevant["q1"] == {"d1-1"}
-    overlapping = (chunk("the gate compares a candidate"), chunk("a candidate with the champion on rows of its future", 1))
+    overlapping = (
+        chunk("the gate compares a candidate"),
+        chunk("a candidate with the champion on rows of its future", 1),
+    )
     assert labels(quote, *overlapping).relevant["q1"] == {"d1-1"}
 
 

@@ -198,7 +198,7 @@ def _bounds(rules: Rules, metric: str, bound: Bound, value: float | None) -> lis
             checks.append(Check(name, None, limit, False, _missing(rules, metric, value)))
             continue
         passed = known >= limit if side == "min" else known <= limit
-        shown = _apart(known, limit)
+        shown = apart(known, limit)
         checks.append(
             Check(name, known, limit, passed, f"{metric} {shown} {holds if passed else 'is ' + breaks} {limit:g}")
         )
@@ -219,7 +219,7 @@ def _disparity(rule: Disparity, value: float | None) -> Check:
     passed = known <= rule.max
     words = "≤" if passed else "is above"
     return Check(
-        "disparity", known, rule.max, passed, f"disparity by {rule.by} {_apart(known, rule.max)} {words} {rule.max:g}"
+        "disparity", known, rule.max, passed, f"disparity by {rule.by} {apart(known, rule.max)} {words} {rule.max:g}"
     )
 
 
@@ -270,9 +270,9 @@ def _leak(rules: Rules, numbers: Numbers) -> list[Check]:
     if value is None:
         return [Check("leak", None, limit, False, f"{metric} is missing: a leak cannot be ruled out")]
     passed = value <= limit
-    reason = f"{metric} {_apart(value, limit)} is believable (≤ {limit:g})"
+    reason = f"{metric} {apart(value, limit)} is believable (≤ {limit:g})"
     if not passed:
-        reason = f"too good to be true: {metric} {_apart(value, limit)} is above {limit:g}; {advice}"
+        reason = f"too good to be true: {metric} {apart(value, limit)} is above {limit:g}; {advice}"
     checks = [Check("leak", value, limit, passed, reason)]
     if numbers.best_feature is not None:
         checks.append(_single(metric, value, own or 0.0, numbers, advice))
@@ -286,7 +286,7 @@ def _single(metric: str, value: float, own: float, numbers: Numbers, advice: str
     limit = max(own, chance + SINGLE[metric] * (1 - chance))
     nearly_all = alone - chance >= SINGLE_SHARE * (value - chance)
     passed = not (alone > limit and nearly_all)
-    said = f"{numbers.best_feature} alone reaches {metric} {_apart(alone, limit)}"
+    said = f"{numbers.best_feature} alone reaches {metric} {apart(alone, limit)}"
     return Check(name, alone, limit, passed, said if passed else f"{said} of the model's {value:.4g}: {advice}")
 
 
@@ -300,7 +300,7 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _apart(value: float, bound: float) -> str:
+def apart(value: float, bound: float) -> str:
     """Return `value` with as many digits as it takes to see on which side of `bound` it lies (at least three)."""
     for digits in range(3, 17):
         text = f"{value:.{digits}g}"
