@@ -32,8 +32,9 @@ class _Asked(BaseModel):
 class Query(_Asked):
     """`POST /query`. With `stream`, or `Accept: text/event-stream`, the answer comes as server-sent events.
 
-    Events: `sources` {query_id, generation, sources}, then `token` {text} as the model writes, then `done` with the whole
-    `Answer`, its citations checked: it replaces what the tokens said. `error` {detail, request_id} ends a stream instead.
+    Events: `sources` {query_id, generation, sources}, then `token` {text} as the model writes, then `done` with the
+    whole `Answer`, its citations checked: it replaces what the tokens said. `error` {detail, request_id} ends a stream
+    instead.
     """
 
     question: str = Field(min_length=1, max_length=MAX_QUESTION)
@@ -84,7 +85,9 @@ class Answer(BaseModel):
     latency_ms: float
     generation: str = Field(description="The generation that answered, whole: an answer never mixes two.")
     model: str = Field(description="Who wrote `answer`.")
-    degraded: str | None = Field(None, description="Why there is no answer of the language model, when there should be.")
+    degraded: str | None = Field(
+        None, description="Why there is no answer of the language model, when there should be."
+    )
 
 
 class Passage(BaseModel):

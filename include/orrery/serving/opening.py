@@ -1,0 +1,217 @@
+"""Opens real generations: `orrery.rag` behind what the service knows of one (`knowledge.Knowledge`)."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from orrery.errors import UserError
+from orrery.rag.embedding.session import FOLDER
+from orrery.rag.engines import Hit, Search
+from orrery.rag.generations import Generation, Question, open_generation, verified
+from orrery.rag.retrieval import Found as Hits
+from orrery.rag.retrieval import Reranker, conditions, retrieve
+from orrery.rag.spec import EVERYONE, KnowledgeBaseSpec
+from orrery.serving.knowledge import Abstainer, Found, Knowledge, Stages
+from orrery.store import Ref, Store
+
+if TYPE_CHECKING:
+    from orrery.rag.abstention import Calibration
+
+PROBE = "What is described here?"
+REMEMBERED = 64
+
+
+class RagKnowledge:
+    """An open generation, asked as the spec says."""
+
+    def __init__(self, generation: Generation, spec: KnowledgeBaseSpec, reranker: Reranker | None = None) -> None:
+        self._generation, self._retrieval, self._reranker = generation, spec.retrieval, reranker
+        # Vectors of the last questions: an extractive answer compares sentences with the question once more.
+        self._asked: OrderedDict[str, Question] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def count(self) -> int:
+        """How many passages it has."""
+        return int(self._generation.facts.count)
+
+    @property
+    def embedder(self) -> str:
+        """The embedder's id."""
+        return str(self._generation.facts.embedder)
+
+    def probe(self) -> None:
+        """Answer a question once, for everyone; that nothing is found is fine. Raises when it cannot."""
+        self.find(PROBE, frozenset({EVERYONE}), self._retrieval.top_k, None, {})
+        self.alike(PROBE, [PROBE])
+
+    def find(
+        self,
+        question: str,
+        groups: frozenset[str],
+        top_k: int,
+        filters: Mapping[str, list[str]] | None,
+        stages: Stages,
+    ) -> Sequence[Found]:
+        """Return the best passages that these groups may read, best first."""
+        timed = _Timed(self, stages)
+        reranker = _TimedReranker(self._reranker, stages) if self._reranker else None
+        return retrieve(
+            cast(Generation, timed),
+            question,
+            groups=groups,
+            top_k=top_k,
+            candidates=self._retrieval.candidates,
+            filters=filters,
+            mmr=self._retrieval.mmr,
+            reranker=reranker,
+        )
+
+    def passage(self, id: str, groups: frozenset[str]) -> Found | None:
+        """Return one passage; the groups stand in the engine's own condition, as for a search."""
+        with self._generation.held():
+            rows = self._generation.engine.fetch([id], conditions(groups, None)) if groups else {}
+        if id not in rows:
+            return None
+        payload, _ = rows[id]
+        fields: dict[str, Any] = {f: payload[f] for f in ("text", "title", "uri", "page", "document", "source")}
+        heading = tuple(payload["heading"])
+        return Hits(id, 1.0, heading=heading, cosine=0.0, bm25=0.0, rank_dense=None, rank_sparse=None, **fields)
+
+    def embed(self, question: str) -> Question:
+        """Return what a question is looked up by; the last ones are remembered."""
+        with self._lock:
+            known = self._asked.get(question)
+        if known is None:
+            known = self._generation.embed_query(question)
+            with self._lock:
+                self._asked[question] = known
+                while len(self._asked) > REMEMBERED:
+                    self._asked.popitem(last=False)
+        return known
+
+    def alike(self, question: str, sentences: Sequence[str]) -> Sequence[float]:
+        """Return the cosines of question and sentences."""
+        vectors = self._generation.embedder.embed(list(sentences))
+        return [float(c) for c in np.asarray(vectors) @ np.asarray(self.embed(question).dense)]
+
+    def terms(self, text: str) -> Sequence[str]:
+        """Return the terms of the sparse vectors."""
+        return cast(Sequence[str], self._generation.sparse.terms(text))
+
+    def tokens(self, text: str) -> int:
+        """Return how many tokens the embedder counts."""
+        return int(self._generation.embedder.count(text))
+
+    def close(self) -> None:
+        """Give up its files and memory."""
+        self._generation.close()
+
+    @property
+    def generation(self) -> Generation:
+        """What is behind it."""
+        return self._generation
+
+
+class _Timed:
+    """A generation for one question, which notes what its parts took."""
+
+    def __init__(self, knowledge: RagKnowledge, stages: Stages) -> None:
+        self._knowledge, self._stages = knowledge, stages
+
+    @contextmanager
+    def held(self) -> Iterator[_Timed]:
+        """Keep it open."""
+        with self._knowledge.generation.held():
+            yield self
+
+    def embed_query(self, text: str) -> Question:
+        """Return what a question is looked up by."""
+        with _noted(self._stages, "embed"):
+            return self._knowledge.embed(text)
+
+    def search(self, search: Search) -> list[Hit]:
+        """Return the best points."""
+        with _noted(self._stages, "retrieve"):
+            return list(self._knowledge.generation.search(search))
+
+
+class _TimedReranker:
+    def __init__(self, reranker: Reranker, stages: Stages) -> None:
+        self._reranker, self._stages = reranker, stages
+
+    def scores(self, question: str, texts: Sequence[str]) -> Sequence[float]:
+        """Return each text's probability of answering the question."""
+        with _noted(self._stages, "rerank"):
+            return self._reranker.scores(question, texts)
+
+
+@contextmanager
+def _noted(stages: Stages, stage: str) -> Iterator[None]:
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        stages[stage] = stages.get(stage, 0.0) + time.perf_counter() - began
+
+
+class RagAbstainer:
+    """Abstains by an evaluation's calibration; `below`, from the spec, replaces its threshold."""
+
+    def __init__(self, calibration: Calibration, below: float | None) -> None:
+        self._calibration, self._below = calibration, below
+
+    def abstains(self, question: str, found: Sequence[Found]) -> bool:
+        """Tell whether no answer should be tried."""
+        from orrery.rag.abstention import signals
+
+        told = signals(question, found)
+        if self._below is not None:
+            return float(self._calibration.score(told)) < self._below
+        return bool(self._calibration.abstains(told))
+
+
+class RagOpener:
+    """Opens what `live.json` names."""
+
+    def __init__(self, spec: KnowledgeBaseSpec, qdrant: str | None, threads: int) -> None:
+        self._spec, self._qdrant, self._threads = spec, qdrant, threads
+
+    def open(self, store: Store, manifest: str, digest: str, scratch: Path) -> Knowledge:
+        """Open a generation. Raises `OrreryError` when it is gone, damaged, or another than the pointer's."""
+        store.need(Ref(path=manifest, digest=digest))
+        # The next generation mostly has the same embedder: it is fetched once, and outlives the generation's folder.
+        shared = scratch.parent / FOLDER
+        shared.mkdir(exist_ok=True)
+        (scratch / FOLDER).symlink_to(shared)
+        generation = open_generation(store, manifest, scratch, qdrant=self._qdrant, threads=self._threads)
+        try:
+            held = generation.engine.count()
+            if held != generation.facts.count:
+                raise UserError(f"{manifest}: {held:,} passages instead of {generation.facts.count:,}")
+        except BaseException:
+            generation.close()
+            raise
+        return RagKnowledge(generation, self._spec)
+
+    def abstainer(self, store: Store, evaluation: str | None) -> Abstainer | None:
+        """Return when to abstain; None when no evaluation vouches for it."""
+        if evaluation is None:
+            return None
+        from orrery.rag.abstention import Calibration
+
+        manifest = store.manifest(evaluation)
+        if manifest is None:
+            raise UserError(f"{store.uri}/{evaluation}: the evaluation is gone", hint="evaluate, and promote again")
+        data = verified(store, manifest, "calibration.json")
+        if data.strip() == b"null":
+            return None
+        return RagAbstainer(Calibration.from_json(data.decode()), self._spec.answers.abstain)
