@@ -96,9 +96,9 @@ class Told:
 
 @dataclass(frozen=True)
 class Missed:
-    """A deadline that a run has missed: of ingest or score, for a partition, queued at (ISO 8601)."""
+    """A deadline that a run has missed: of ingest, score or reindex, for a partition, queued at (ISO 8601)."""
 
-    verb: Literal["ingest", "score"]
+    verb: Literal["ingest", "score", "reindex"]
     partition: str
     queued: str
 

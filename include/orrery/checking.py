@@ -51,7 +51,12 @@ def report(project: str, console: Console) -> bool:
         folder = platform.project_folder(project)
         declared = spec.load(folder)
         if isinstance(declared, KnowledgeBaseSpec):
-            console.print(f"[green]✓[/] {project}: knowledge base, {len(declared.sources)} sources")
+            from orrery.rag.checking import describe
+
+            lines = describe(folder, declared)
+            console.print(f"[green]✓[/] {project}: knowledge base, {', '.join(declared.sources)}; {declared.schedule}")
+            for line in lines:
+                console.print(f"    {escape(line)}")
             return True
         sound = f"[green]✓[/] {project}: {declared.task}, {declared.train.window} {declared.grain}s on "
         sound += declared.train.compute

@@ -14,10 +14,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from orrery import platform
-from orrery.contract import VERBS, Result
+from orrery.catalogue import NAMES
+from orrery.contract import Result
 from orrery.errors import RequestError, UserError, nearest
 from orrery.ledger import Ledger, moment, unfinished
-from orrery.plan import Plan, Planner, Request
+from orrery.partitions import key_of
+from orrery.plan import Planner
+from orrery.planner import BasePlanner, Plan, Request
+from orrery.planners import planner_of
 from orrery.spec import load_model
 
 app = typer.Typer(
@@ -53,8 +57,12 @@ def share(text: str, option: str = "--sample") -> float:
 @app.command()
 def run(
     project: Project,
-    step: Annotated[str, typer.Argument(help=f"One of: {', '.join(VERBS)}.")],
-    partition: Annotated[str | None, typer.Option(help="Such as 2013-03.")] = None,
+    step: Annotated[
+        str, typer.Argument(help=f"One of: {', '.join(NAMES)}; or `reindex`: all steps of a knowledge base.")
+    ],
+    partition: Annotated[
+        str | None, typer.Option(help="Such as 2013-03. Of a knowledge base the day; today when not given.")
+    ] = None,
     window: Annotated[str | None, typer.Option(help="First and last partition, such as 2013-01..2013-03.")] = None,
     sample: Annotated[
         str, typer.Option(help="Share of the rows, such as 1%; below 100% nothing is published.")
@@ -62,12 +70,21 @@ def run(
     reason: Annotated[str, typer.Option(help="Why; goes into the ledger.")] = "",
     force: Annotated[bool, typer.Option("--force", help="Do the work although nothing changed.")] = False,
     version: Annotated[str | None, typer.Option(help="Model version, for promote.")] = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="collect: more documents may be gone than `missing` allows.")
+    ] = False,
 ) -> None:
     """Run one step here and now, without Airflow, its inputs taken from the store."""
     from orrery import faults, twin
 
-    if step not in VERBS:
-        raise RequestError(f"unknown step {step!r}", hint=nearest(step, VERBS))
+    planner = planner_of(project)
+    if not isinstance(planner, Planner):
+        if window or version:
+            raise RequestError("--window and --version are for models", hint="a knowledge base has days: --partition")
+        _run_knowledge(planner, step, partition, share(sample), reason, force, partial)
+        return
+    if step not in planner.verbs:
+        raise RequestError(f"unknown step {step!r}", hint=nearest(step, planner.verbs))
     if step == "trial":
         raise RequestError("a trial is one of a search", hint=f"orrery run {project} tune --window …")
     if step == "rollback":
@@ -76,10 +93,9 @@ def run(
         raise RequestError(f"--version is for promote, not for {step}")
     if step == "promote" and not version:
         raise RequestError("promote needs --version", hint="the number that register gave")
-    planner = Planner(project)
     rehearsed = faults.read(os.environ.get(faults.VARIABLE, ""), planner.platform, platform.profile())
     keys = planner.partitions_of(partition, window)
-    whole = VERBS[step].scope == "window"
+    whole = planner.verbs[step].scope == "window"
     name = f"cli--{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
     for group in [keys] if whole else [(k,) for k in keys]:
         request = Request(
@@ -100,6 +116,39 @@ def run(
             show(step, request.key, Search(request, say, rehearsed).run())
             continue
         show(step, request.key, twin.run(planner, request, rehearsed, say, _secrets_note))
+
+
+def _run_knowledge(
+    planner: BasePlanner, step: str, day: str | None, sample: float, reason: str, force: bool, partial: bool
+) -> None:
+    """Run one step of a knowledge base, or all that make a generation and bring it live."""
+    from orrery import faults, twin
+
+    chain = [name for name in planner.verbs if name != "rollback"]
+    if step == "rollback":
+        raise RequestError("rollback is a command of its own", hint=f"orrery rollback {planner.project}")
+    if step != "reindex" and step not in chain:
+        raise RequestError(f"unknown step {step!r}", hint=nearest(step, ["reindex", *chain]))
+    now = datetime.now(UTC)
+    # It names the generation; what is read is what the sources hold now, whatever the day is called.
+    keys = planner.partitions_of(day or key_of(now, planner.grain), None)
+    rehearsed = faults.read(os.environ.get(faults.VARIABLE, ""), planner.platform, platform.profile())
+    name = f"cli--{now:%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+    for verb in chain if step == "reindex" else [step]:
+        request = Request(
+            project=planner.project,
+            verb=verb,
+            partitions=keys,
+            run=name,
+            task=verb,
+            sample=sample,
+            actor=actor(),
+            reason=reason,
+            force=force,
+            options={"partial": partial} if verb == "collect" else {},
+            kind=planner.kind,
+        )
+        show(verb, request.key, twin.run(planner, request, rehearsed, say, _secrets_note))
 
 
 def say(line: str) -> None:
@@ -264,7 +313,7 @@ def rollback(
     from orrery.local import LocalProcess
     from orrery.runner import run as carry
 
-    planner = Planner(project)
+    planner = planner_of(project)
     name = f"cli--{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
     request = rollback_request(planner, to, run=name, actor=actor(), reason=reason)
     show("rollback", request.key, carry(planner, request, LocalProcess()))
@@ -282,7 +331,7 @@ def reproduce(
     """Repeat a failed attempt from its recorded config, or retrain a version and compare the weights."""
     from orrery import reproducing
 
-    planner = Planner(project)
+    planner = planner_of(project)
 
     def say(line: str) -> None:
         out.print(f"[yellow]note:[/] {escape(line)}")

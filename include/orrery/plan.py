@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from orrery import approvals, attempts, bundle, partitions, platform
+from orrery import approvals, attempts, budgets, bundle, partitions, platform
+from orrery.budgets import Budgets
 from orrery.contract import LOOK_BACK, VERBS, Kind, Params, SourceRef, Verb
 from orrery.errors import RequestError
 from orrery.ledger import Ledger
@@ -43,6 +44,10 @@ class Planner(BasePlanner):
     def outlives(self, name: str) -> float:
         """Return how many seconds a step may need to save its state when it is told to stop."""
         return outlives(name, self.spec)
+
+    def budgets(self, name: str) -> Budgets:
+        """Return how often a step may fail, by cause."""
+        return budgets.of(name, self.spec)
 
     def _within(self, request: Request, packed: bundle.Bundle) -> Request:
         return planning.within_search(self, request, packed) if request.verb in planning.VERBS else request

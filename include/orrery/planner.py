@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 from pydantic import ValidationError
 
 from orrery import bundle, fingerprint, partitions, platform
+from orrery.budgets import Budgets
 from orrery.catalogue import CATALOGUE, verb
 from orrery.contract import Kind, Params, Result, StepConfig, Verb, refuse_uneven
 from orrery.errors import RequestError, nearest
@@ -303,6 +304,10 @@ class BasePlanner(ABC):
     def outlives(self, name: str) -> float:
         """Return how many seconds a step may need to save its state when it is told to stop."""
         return 0.0
+
+    def budgets(self, name: str) -> Budgets:
+        """Return how often a step may fail, by cause."""
+        return Budgets()
 
     def _within(self, request: Request, packed: bundle.Bundle) -> Request:
         """Return the request with what it must know of a larger undertaking that it belongs to."""

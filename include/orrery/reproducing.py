@@ -8,15 +8,16 @@ from collections.abc import Callable
 from pydantic import ValidationError
 
 from orrery import bundle, fingerprint, platform
-from orrery.contract import VERBS, Result, StepConfig
+from orrery.catalogue import CATALOGUE, verb_of
+from orrery.contract import Result, StepConfig
 from orrery.errors import RequestError, UserError, nearest
 from orrery.local import LocalProcess
-from orrery.plan import Plan, Planner, outlives
+from orrery.planner import BasePlanner, Plan
 from orrery.runner import prepare, raise_for, read_result
 from orrery.store import Manifest
 
 
-def _again(planner: Planner, recorded: StepConfig, say: Callable[[str], None]) -> Result:
+def _again(planner: BasePlanner, recorded: StepConfig, say: Callable[[str], None]) -> Result:
     """Run a recorded config in a folder and at an address of its own: what is committed stays as it is."""
     for line in differences(recorded):
         say(line)
@@ -35,8 +36,8 @@ def _again(planner: Planner, recorded: StepConfig, say: Callable[[str], None]) -
     )
     if not planner.store.exists(bundle.path_of(config.bundle)):
         raise UserError(f"the project's code of that time ({config.bundle[:12]}) is gone from {planner.store.uri}")
-    verb = VERBS[config.verb]
-    plan = Plan(config, verb, planner._secrets(verb), outlive=outlives(verb.name, planner.spec))
+    verb = verb_of(config)
+    plan = Plan(config, verb, planner._secrets(verb), outlive=planner.outlives(verb.name))
     prepare(plan, planner.store)
     result = read_result(planner.store, config, LocalProcess()(plan))
     raise_for(plan, result)
@@ -45,7 +46,7 @@ def _again(planner: Planner, recorded: StepConfig, say: Callable[[str], None]) -
 
 def differences(recorded: StepConfig) -> list[str]:
     """Return what is not as it was: the project's code travels with the attempt, the engine's and the pins do not."""
-    verb, was = VERBS[recorded.verb], recorded.fingerprint
+    verb, was = verb_of(recorded), recorded.fingerprint
     now = {
         "code": (fingerprint.code(verb.module), f"the code of {verb.name}"),
         "environment": (fingerprint.pins(platform.home(), verb.environment), f"environment {verb.environment}"),
@@ -57,7 +58,7 @@ def differences(recorded: StepConfig) -> list[str]:
     ]
 
 
-def attempt(planner: Planner, folder: str, say: Callable[[str], None]) -> Result:
+def attempt(planner: BasePlanner, folder: str, say: Callable[[str], None]) -> Result:
     """Repeat the attempt whose config lies in `folder` of the store. Raises what the step raises.
 
     `say` is told what is not as it was.
@@ -65,12 +66,12 @@ def attempt(planner: Planner, folder: str, say: Callable[[str], None]) -> Result
     config = _recorded(planner, f"{folder.strip('/').removesuffix('/config.json')}/config.json")
     if config.project != planner.project:
         raise RequestError(f"that attempt is of project {config.project!r}, not {planner.project!r}")
-    if VERBS[config.verb].effect:
+    if verb_of(config).effect:
         raise RequestError(f"{config.verb} changes the registry: run it again, do not reproduce it")
     return _again(planner, config, say)
 
 
-def _recorded(planner: Planner, path: str) -> StepConfig:
+def _recorded(planner: BasePlanner, path: str) -> StepConfig:
     try:
         config = StepConfig.model_validate_json(planner.store.read(path))
     except FileNotFoundError:
@@ -80,14 +81,13 @@ def _recorded(planner: Planner, path: str) -> StepConfig:
         ) from None
     except ValidationError:
         raise RequestError(f"{planner.store.uri}/{path} is not the config of an attempt") from None
-    if config.verb not in VERBS:
-        raise RequestError(
-            f"that attempt is of a step that is no more: {config.verb}", hint=nearest(config.verb, VERBS)
-        )
+    if config.verb not in CATALOGUE[config.kind]:
+        known = nearest(config.verb, CATALOGUE[config.kind])
+        raise RequestError(f"that attempt is of a step that is no more: {config.verb}", hint=known)
     return config
 
 
-def version(planner: Planner, number: str, say: Callable[[str], None]) -> tuple[str, str]:
+def version(planner: BasePlanner, number: str, say: Callable[[str], None]) -> tuple[str, str]:
     """Retrain a registered version; return the weights digests recorded and found now (64 hex digits each)."""
     versions = planner.ledger.registered(planner.project)
     if number not in versions:

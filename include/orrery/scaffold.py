@@ -63,6 +63,8 @@ def _knowledge_base(project: str, owner: str) -> dict[Path, str]:
             "knowledge_base.yaml", project=project, owner=json.dumps(owner, ensure_ascii=False)
         ),
         folder / "README.md": _fill("README.md", project=project, owner=owner),
+        folder / "documents" / "welcome.md": _fill("document.md", project=project),
+        platform.home() / "dags" / f"{project}.py": _fill("knowledge_dag.py", project=project, owner=owner),
     }
 
 

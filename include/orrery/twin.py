@@ -29,7 +29,8 @@ from orrery.faults import KINDS, Fault
 from orrery.goodput import OFTEN
 from orrery.local import LocalProcess
 from orrery.placement import placement
-from orrery.plan import Plan, Planner, Request, grace
+from orrery.plan import Planner
+from orrery.planner import BasePlanner, Plan, Request, grace
 from orrery.platform import Compute, Platform
 from orrery.spec import seconds
 from orrery.store import OUTAGE, Store
@@ -129,7 +130,7 @@ def launcher(
 
 
 def run(
-    planner: Planner,
+    planner: BasePlanner,
     request: Request,
     faults: tuple[Fault, ...],
     say: Callable[[str], None] = log.warning,
@@ -140,9 +141,9 @@ def run(
     Budgets and placement are Airflow's. An attempt that fails of itself ends it, as without a rehearsal.
     """
     launch = launcher(LocalProcess(), faults, planner.platform, say)
-    most, history = budgets.of(request.verb, planner.spec), list[Attempt]()
+    most, history = planner.budgets(request.verb), list[Attempt]()
     while True:
-        if request.verb == "train" and history:
+        if request.verb == "train" and history and isinstance(planner, Planner):
             place = placement(history, planner.spec.train, planner.platform.compute, datetime.now(UTC))
             request = replace(request, compute=place.compute, placed=place.reason)
         try:

@@ -418,13 +418,13 @@ def test_check_prints_the_schema(orrery) -> None:  # type: ignore[no-untyped-def
 def test_check_tells_each_project_that_is_wrong(orrery, house: House) -> None:  # type: ignore[no-untyped-def]
     (house.folder / "spec.yaml").write_text(SPEC.replace("task: binary", "task: binry"))
     other = house.folder.parent / "docs"
-    other.mkdir()
+    (other / "x").mkdir(parents=True)
     (other / "spec.yaml").write_text("version: 1\nkind: knowledge_base\nowner: me\nsources: {documents: {uri: x}}\n")
     code, text = orrery("check")
     assert code == 64
     assert "✗ delays" in text
     assert "spec.yaml:4: task: 'binry' is not allowed" in text
-    assert "✓ docs: knowledge base, 1 sources" in text
+    assert "✓ docs: knowledge base, documents; 0 2 * * *" in text
     assert "1 of 2 projects: delays" in text
 
 
@@ -456,6 +456,8 @@ def test_a_new_knowledge_base_is_sound(orrery, house: House, owner: str) -> None
     loaded = spec.load(house.folder.parent / "docs")
     assert isinstance(loaded, KnowledgeBaseSpec)
     assert loaded.owner == owner
+    assert 'lifecycle("docs", __doc__)' in (house.home / "dags" / "docs.py").read_text()
+    assert orrery("check", "docs")[0] == 0
 
 
 def test_names_of_columns_stay_text(house: House, monkeypatch: pytest.MonkeyPatch) -> None:

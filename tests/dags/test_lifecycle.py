@@ -31,10 +31,24 @@ def ours(bag) -> dict:
 
 
 def test_each_project_has_its_dags(bag) -> None:
-    from orrery.orchestration.assets import DAGS
+    from orrery.orchestration.assets import DAGS, KNOWLEDGE_DAGS
 
     assert {f"flight_delay.{name}" for name in DAGS} == set(ours(bag))
-    assert set(bag.dags) - set(ours(bag)) == {"orrery.housekeeping"}
+    handbook = {f"handbook.{name}" for name in KNOWLEDGE_DAGS}
+    assert set(bag.dags) - set(ours(bag)) == {"orrery.housekeeping", *handbook}
+
+
+def test_a_knowledge_base_is_reindexed_each_night_step_by_step(bag) -> None:
+    dag = bag.dags["handbook.reindex"]
+    chain = ["collect", "chunk", "embed", "index", "evaluate", "gate", "promote"]
+    assert [task.task_id for task in dag.topological_sort()] == chain
+    assert all(
+        task.downstream_task_ids == {after} for task, after in zip(dag.topological_sort(), chain[1:], strict=False)
+    )
+    assert not dag.catchup and dag.max_active_runs == 1
+    assert {task.kind for task in dag.tasks} == {"knowledge_base"}
+    assert set(dag.params) == {"reason", "force", "partial", "dry_run", "faults"}
+    assert {o.uri for o in dag.get_task("promote").outlets} == {"x-orrery://handbook/live"}
 
 
 def test_a_project_that_does_not_watch_its_sources_has_one_less(

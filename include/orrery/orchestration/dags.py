@@ -10,14 +10,15 @@ from airflow.sdk import DAG, BaseOperator, TaskGroup
 
 from orrery import budgets, platform
 from orrery.budgets import Budgets
-from orrery.contract import VERBS
+from orrery.catalogue import CATALOGUE
+from orrery.contract import Kind
 from orrery.errors import SpecError
 from orrery.orchestration import notify, params, retry, timetables
 from orrery.orchestration.asking import AskOperator, TakeUpOperator
 from orrery.orchestration.assets import asset
 from orrery.orchestration.operators import TRIAL_NAME, StepOperator
 from orrery.orchestration.waiting import LabelsOperator
-from orrery.spec import ModelSpec, Tune, load_model, seconds
+from orrery.spec import KnowledgeBaseSpec, ModelSpec, Tune, load, seconds
 
 # A wait costs no worker. By the hour, with a delay of a month, so many wait at once.
 LABELS_AT_ONCE = 1000
@@ -25,7 +26,12 @@ LABELS_AT_ONCE = 1000
 
 def lifecycle(project: str, doc: str | None) -> dict[str, DAG]:
     """Make the Dags of one project; Airflow finds them by itself. `doc` is the runbook shown on each."""
-    spec = load_model(platform.project_folder(project))
+    declared = load(platform.project_folder(project))
+    if isinstance(declared, KnowledgeBaseSpec):
+        from orrery.orchestration.knowledge import knowledge_dags
+
+        return knowledge_dags(project, declared, doc)
+    spec = declared
     makers = {
         "ingest": _ingest,
         "request": _request,
@@ -47,12 +53,12 @@ def lifecycle(project: str, doc: str | None) -> dict[str, DAG]:
 
 def _ingest(project: str, spec: ModelSpec, doc: str | None) -> DAG:
     schedule = timetables.ingest_schedule(spec)
-    dag = _dag(project, "ingest", spec, doc, schedule, end_date=timetables.end_date(spec))
+    dag = lifecycle_dag(project, "ingest", spec, doc, schedule, end_date=timetables.end_date(spec))
     with dag, TaskGroup("data", prefix_group_id=False):
-        _chain(
-            _step(project, "ingest", chain=("validate", "materialize")),
-            _step(project, "validate", outlets=[asset(project, "raw")]),
-            _step(project, "materialize", outlets=[asset(project, "features")]),
+        chain(
+            step(project, "ingest", chain=("validate", "materialize")),
+            step(project, "validate", outlets=[asset(project, "raw")]),
+            step(project, "materialize", outlets=[asset(project, "features")]),
         )
     return dag
 
@@ -61,39 +67,39 @@ def _request(project: str, spec: ModelSpec, doc: str | None) -> DAG:
     schedule = timetables.request_schedule(project, spec)
     # A calendar of its own ends with the data; one that follows features has none to end.
     end = timetables.end_date(spec) if spec.retrain.cron else None
-    with (dag := _dag(project, "request", spec, doc, schedule, end_date=end)):
+    with (dag := lifecycle_dag(project, "request", spec, doc, schedule, end_date=end)):
         _light(AskOperator, "request", project, outlets=[asset(project, "request")])
     return dag
 
 
 def _train(project: str, spec: ModelSpec, doc: str | None) -> DAG:
-    dag = _dag(project, "train", spec, doc, timetables.after(project, "request"))
+    dag = lifecycle_dag(project, "train", spec, doc, timetables.after(project, "request"))
     rest = ("train", "evaluate", "gate", "register", "promote")
     _check_fallback(spec)
     with dag:
         first = _light(TakeUpOperator, "request", project)
         with TaskGroup("data", prefix_group_id=False):
-            data = _step(project, "materialize", chain=rest)
+            data = step(project, "materialize", chain=rest)
         with TaskGroup("fit", prefix_group_id=False):
             fit = [
-                _step(
+                step(
                     project,
                     "train",
                     most=budgets.of("train", spec),
                     outlets=[asset(project, "candidate")],
                     compute=spec.train.compute,
                 ),
-                _step(project, "evaluate"),
+                step(project, "evaluate"),
             ]
         with TaskGroup("release", prefix_group_id=False):
             release = [
-                _step(project, "gate"),
+                step(project, "gate"),
                 *_approve(project, spec),
-                _step(project, "register"),
+                step(project, "register"),
                 # One release at a time: the registry is the smallest server. (A lease guards each project's champion.)
-                _step(project, "promote", outlets=[asset(project, "champion")], pool="orrery-release"),
+                step(project, "promote", outlets=[asset(project, "champion")], pool="orrery-release"),
             ]
-        _chain(first, data, *fit, *release)
+        chain(first, data, *fit, *release)
     return dag
 
 
@@ -114,48 +120,55 @@ def _check_fallback(spec: ModelSpec) -> None:
 
 def _tune(project: str, spec: ModelSpec, doc: str | None, terms: Tune) -> DAG:
     """A search: as many trials at a time as the spec allows and the pool has slots for, then the decision."""
-    with (dag := _dag(project, "tune", spec, doc, None)):
-        data = _step(project, "materialize", chain=("trial", "tune"))
+    with (dag := lifecycle_dag(project, "tune", spec, doc, None)):
+        data = step(project, "materialize", chain=("trial", "tune"))
         kind, arguments = _task(project, "trial", compute=terms.compute or spec.train.compute)
         trials = kind.partial(
             **arguments, max_active_tis_per_dagrun=terms.parallel, map_index_template=TRIAL_NAME
         ).expand(number=list(range(terms.trials)))
-        data >> trials >> _step(project, "tune")
+        data >> trials >> step(project, "tune")
     return dag
 
 
 def _score(project: str, spec: ModelSpec, doc: str | None) -> DAG:
-    with (dag := _dag(project, "score", spec, doc, timetables.after(project, "features"))):
-        _step(project, "score", outlets=[asset(project, "scores")])
+    with (dag := lifecycle_dag(project, "score", spec, doc, timetables.after(project, "features"))):
+        step(project, "score", outlets=[asset(project, "scores")])
     return dag
 
 
 def _labels(project: str, spec: ModelSpec, doc: str | None) -> DAG:
     schedule = timetables.after(project, "scores")
-    with (dag := _dag(project, "labels", spec, doc, schedule, max_active_runs=LABELS_AT_ONCE)):
+    with (dag := lifecycle_dag(project, "labels", spec, doc, schedule, max_active_runs=LABELS_AT_ONCE)):
         _light(LabelsOperator, "labels", project, outlets=[asset(project, "labels")])
     return dag
 
 
 def _monitor(project: str, spec: ModelSpec, doc: str | None) -> DAG:
-    with (dag := _dag(project, "monitor", spec, doc, timetables.after(project, "labels"))):
-        monitor = _step(project, "monitor", outlets=[asset(project, "health")])
+    with (dag := lifecycle_dag(project, "monitor", spec, doc, timetables.after(project, "labels"))):
+        monitor = step(project, "monitor", outlets=[asset(project, "health")])
         # Beside each other: a report that fails keeps no request back.
         monitor >> [
             _light(AskOperator, "request", project, outlets=[asset(project, "request")]),
-            _step(project, "report"),
+            step(project, "report"),
         ]
     return dag
 
 
 def _rollback(project: str, spec: ModelSpec, doc: str | None) -> DAG:
-    with (dag := _dag(project, "rollback", spec, doc, None)):
-        _step(project, "rollback", outlets=[asset(project, "champion")], pool="orrery-release")
+    with (dag := lifecycle_dag(project, "rollback", spec, doc, None)):
+        step(project, "rollback", outlets=[asset(project, "champion")], pool="orrery-release")
     return dag
 
 
-def _dag(
-    project: str, verb: str, spec: ModelSpec, doc: str | None, schedule: Any, *, max_active_runs: int = 1, **kwargs: Any
+def lifecycle_dag(
+    project: str,
+    verb: str,
+    spec: ModelSpec | KnowledgeBaseSpec,
+    doc: str | None,
+    schedule: Any,
+    *,
+    max_active_runs: int = 1,
+    **kwargs: Any,
 ) -> DAG:
     return DAG(
         dag_id=f"{project}.{verb}",
@@ -164,7 +177,7 @@ def _dag(
         # One after the other: features look back, a gate compares with the champion before it, a verdict of the
         # monitor with those before it. Queued runs begin in the order in which they were asked for.
         max_active_runs=max_active_runs,
-        tags=["orrery", project, spec.task, f"owner:{spec.owner}"],
+        tags=["orrery", project, spec.task if isinstance(spec, ModelSpec) else "knowledge", f"owner:{spec.owner}"],
         description=(spec.description or f"{verb} of {project}").splitlines()[0][:200],
         doc_md=doc,
         deadline=notify.deadline(project, verb, spec),
@@ -174,17 +187,18 @@ def _dag(
     )
 
 
-def _step(
+def step(
     project: str,
     verb: str,
     *,
     compute: str | None = None,
     pool: str | None = None,
     most: Budgets | None = None,
+    kind: Kind = "model",
     **kwargs: Any,
 ) -> StepOperator:
     """Make the task of one verb."""
-    operator, arguments = _task(project, verb, compute=compute, pool=pool, most=most, **kwargs)
+    operator, arguments = _task(project, verb, compute=compute, pool=pool, most=most, kind=kind, **kwargs)
     return operator(**arguments)
 
 
@@ -195,15 +209,18 @@ def _task(
     compute: str | None = None,
     pool: str | None = None,
     most: Budgets | None = None,
+    kind: Kind = "model",
     **kwargs: Any,
 ) -> tuple[type[StepOperator], dict[str, Any]]:
     """Return a verb's operator, by profile, and its arguments: pool and timeout by compute class, retries by cause."""
-    name = compute or VERBS[verb].compute
+    found = CATALOGUE[kind][verb]
+    name = compute or found.compute
     most = most or Budgets()
     common: dict[str, Any] = {
         "task_id": verb,
         "project": project,
         "verb": verb,
+        "kind": kind,
         "compute": name,
         **_class(name),
         "retries": most.retries,
@@ -211,7 +228,7 @@ def _task(
         # The policy names each wait itself. What is left to Airflow are workers that vanished: always the same wait.
         "retry_delay": timedelta(seconds=budgets.INTERRUPTED_S),
         "retry_exponential_backoff": 0,
-        "doc_md": f"`{verb}` in environment `{VERBS[verb].environment}` on compute class `{name}`.",
+        "doc_md": f"`{verb}` in environment `{found.environment}` on compute class `{name}`.",
         **notify.task_callbacks(project, verb),
         **kwargs,
     }
@@ -248,6 +265,6 @@ def _class(name: str) -> dict[str, Any]:
     return {"pool": found.pool, "execution_timeout": timedelta(seconds=seconds(found.timeout))}
 
 
-def _chain(*tasks: BaseOperator) -> None:
+def chain(*tasks: BaseOperator) -> None:
     for before, after in pairwise(tasks):
         before >> after

@@ -30,7 +30,9 @@ from openlineage.client.facet_v2 import (
 )
 
 from orrery import platform
-from orrery.contract import VERBS, Result, SourceRef
+from orrery.catalogue import CATALOGUE
+from orrery.contract import Result, SourceRef
+from orrery.rag.contract import OriginRef
 from orrery.spec import load_model
 from orrery.store import Manifest, Ref, Store
 
@@ -56,7 +58,9 @@ def of_task(project: str, verb: str, steps: Sequence[Told]) -> OperatorLineage[A
             written = _output(store, manifest, made=not (step.result and step.result.skipped))
             outputs[written.namespace, written.name] = written
         elif step.result is not None and "model_version" in step.result.facts:
-            model = _model(where.mlflow, project, str(step.result.facts["model_version"]))
+            version = str(step.result.facts["model_version"])
+            knowledge = step.request.kind == "knowledge_base"
+            model = _live(store, project, version) if knowledge else _model(where.mlflow, project, version)
             outputs[model.namespace, model.name] = model
         code = (step.plan.config.bundle if step.plan else manifest and manifest.fingerprint.get("project")) or code
         told.append(_account(step, manifest))
@@ -79,6 +83,9 @@ def _manifest(store: Store, result: Result | None) -> Manifest | None:
 def _inputs(store: Store, step: Told, manifest: Manifest | None) -> Iterator[InputDataset]:
     if step.request.verb == "ingest":
         yield from _sources(step, manifest)
+        return
+    if step.request.verb == "collect":
+        yield from _origins(step)
         return
     # A step that was skipped has no plan of its own to tell: its output's inputs are what it would have read.
     refs = step.plan.config.inputs if step.plan else manifest.inputs if manifest else {}
@@ -106,6 +113,18 @@ def _sources(step: Told, manifest: Manifest | None) -> Iterator[InputDataset]:
                 rowCount=facts["rows"]
             )
         yield InputDataset(namespace=namespace, name=dataset, facets=facets, inputFacets=statistics)
+
+
+def _origins(step: Told) -> Iterator[InputDataset]:
+    """Tell where documents were read from."""
+    for name, value in step.plan.config.params["sources"].items() if step.plan else ():
+        ref = OriginRef.model_validate(value)
+        for where in (*(uri for uri in (ref.uri, ref.sitemap, ref.notion) if uri), *ref.pages):
+            facets: dict[str, Any] = {
+                "dataSource": datasource_dataset.DatasourceDatasetFacet(name=name, uri=plain(where))
+            }
+            namespace, dataset = address(where)
+            yield InputDataset(namespace=namespace, name=dataset, facets=facets)
 
 
 def _source(step: Told, name: str, ref: SourceRef) -> tuple[str, str]:
@@ -195,9 +214,16 @@ def _model(mlflow: str, project: str, version: str) -> OutputDataset:
     return OutputDataset(namespace=plain(mlflow), name=f"models/{project}", facets=facets)
 
 
+def _live(store: Store, project: str, version: str) -> OutputDataset:
+    """Return what a knowledge base answers from: what promote and rollback act on."""
+    facets: dict[str, Any] = {"version": _version(version)}
+    return OutputDataset(namespace=plain(store.uri), name=f"{project}/live", facets=facets)
+
+
 def _name(ref: Ref) -> str:
     project, verb, *_ = ref.path.split("/")
-    return f"{project}/{VERBS[verb].dataset or verb}/{ref.key}"
+    datasets = {name: found.dataset for verbs in CATALOGUE.values() for name, found in verbs.items() if found.dataset}
+    return f"{project}/{datasets.get(verb, verb)}/{ref.key}"
 
 
 def _version(digest: str) -> dataset_version_dataset.DatasetVersionDatasetFacet:

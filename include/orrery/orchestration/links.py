@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import BaseOperatorLink
 
-from orrery.contract import Result
+from orrery.contract import Kind, Result
 from orrery.orchestration.web import addresses
 
 if TYPE_CHECKING:
@@ -105,6 +105,20 @@ class ModelVersionLink(ResultLink):
         return addresses.ours(addresses.MLFLOW_VERSION, dag_id=dag_id, attempt=attempt)
 
 
+class SourcesLink(ResultLink):
+    """What became of each document: new, changed, gone, failed and why."""
+
+    result_key = "Sources"
+    evidence = "sources.html"
+
+
+class RetrievalLink(ResultLink):
+    """How well a generation finds what the labelled questions ask for, and when it abstains."""
+
+    result_key = "Retrieval"
+    evidence = "retrieval.html"
+
+
 class VerdictLink(ResultLink):
     """What came of the run, and why: the run's own tab."""
 
@@ -140,12 +154,24 @@ BY_VERB: dict[str, tuple[type[ResultLink], ...]] = {
     "monitor": (VerdictLink, HealthLink),
     "report": (EvidentlyLink,),
 }
-LINKS: tuple[type[ResultLink], ...] = tuple(dict.fromkeys(link for links in BY_VERB.values() for link in links))
+KNOWLEDGE: dict[str, tuple[type[ResultLink], ...]] = {
+    "collect": (SourcesLink,),
+    "evaluate": (RetrievalLink,),
+    "gate": (VerdictLink,),
+}
+LINKS: tuple[type[ResultLink], ...] = tuple(
+    dict.fromkeys(link for links in (*BY_VERB.values(), *KNOWLEDGE.values()) for link in links)
+)
 
 
-def expected(verb: str, dag_id: str, run_id: str, attempt: str | None = None) -> dict[str, str]:
+def of(kind: Kind, verb: str) -> tuple[type[ResultLink], ...]:
+    """Return the buttons of a verb."""
+    return (BY_VERB if kind == "model" else KNOWLEDGE).get(verb, ())
+
+
+def expected(kind: Kind, verb: str, dag_id: str, run_id: str, attempt: str | None = None) -> dict[str, str]:
     """Return XCom key -> URL for what an attempt that is about to start may leave; without one, for what needs none."""
-    found = [link() for link in BY_VERB.get(verb, ())]
+    found = [link() for link in of(kind, verb)]
     return {
         link.xcom_key: link.known(dag_id, run_id, attempt or "")
         for link in found

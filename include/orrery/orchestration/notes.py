@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.listeners import hookimpl
 
-from orrery.orchestration.assets import DAGS
+from orrery.orchestration.assets import ALL_DAGS
 from orrery.orchestration.params import first_name, run_name
 
 if TYPE_CHECKING:
@@ -24,7 +24,10 @@ log = logging.getLogger("orrery.notes")
 MAX_LENGTH = 900  # Airflow's column takes 1000
 MARK = "\n— Orrery"  # ends our part
 # What a note tells of steps that went well, what matters most first: the UI shows a note by its first line.
-TOLD = ("rollback", "gate", "approve", "promote", "tune", "monitor", "score", "ingest", "request")
+TOLD = (
+    *("rollback", "gate", "approve", "promote", "tune", "monitor", "score", "ingest", "request"),
+    *("collect", "evaluate"),
+)
 
 
 class Notes:
@@ -42,7 +45,7 @@ class Notes:
 
     def _note(self, dag_run: DagRun) -> None:
         project, _, verb = dag_run.dag_id.partition(".")
-        if verb not in DAGS:
+        if verb not in ALL_DAGS:
             return
         # A rollback happens once for a run, however often it is cleared.
         name = first_name(dag_run) if verb == "rollback" else run_name(dag_run)

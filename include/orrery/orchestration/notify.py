@@ -26,7 +26,8 @@ from airflow.sdk.definitions.deadline import DeadlineAlert, DeadlineReference
 from orrery import alerts, partitions, platform
 from orrery.alerts import Alert, Missed, Told
 from orrery.ledger import Ledger
-from orrery.spec import ModelSpec, load_model, seconds
+from orrery.rag import alerts as knowledge
+from orrery.spec import KnowledgeBaseSpec, ModelSpec, load, seconds
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -34,15 +35,18 @@ if TYPE_CHECKING:
 log = logging.getLogger("orrery.alerts")
 # Tasks after which a rule may hold, or hold no more.
 OCCASIONS = frozenset(
-    {"validate", "materialize", "gate", "approve", "promote", "rollback", "score", "monitor", "request"}
+    {
+        *("validate", "materialize", "gate", "approve", "promote", "rollback", "score", "monitor", "request"),
+        *("collect", "index"),
+    }
 )
-DEADLINES = ("ingest", "score")
+DEADLINES = ("ingest", "score", "reindex")
 # At most so many go out at one occasion; the rest waits for the next.
 MOST = 20
 
 
 class OrreryNotifier(BaseNotifier):
-    """Tells a project's owner what holds. `missed`: this is the deadline of a Dag (ingest, score)."""
+    """Tells a project's owner what holds. `missed`: this is the deadline of a Dag (`DEADLINES`)."""
 
     def __init__(self, project: str, missed: str | None = None, context: Context | None = None) -> None:
         super().__init__(context=context)
@@ -68,8 +72,8 @@ def task_callbacks(project: str, task: str) -> dict[str, Any]:
     return {"on_success_callback": tell, "on_failure_callback": tell, "on_skipped_callback": tell}
 
 
-def deadline(project: str, verb: str, spec: ModelSpec) -> DeadlineAlert | None:
-    """Return the deadline of a Dag's runs, from when they are queued; None where scores do not depend on it."""
+def deadline(project: str, verb: str, spec: ModelSpec | KnowledgeBaseSpec) -> DeadlineAlert | None:
+    """Return the deadline of a Dag's runs, from when they are queued; None where nobody waits for them."""
     if verb not in DEADLINES:
         return None
     return DeadlineAlert(
@@ -101,9 +105,11 @@ def occasion(project: str, *, missed: Missed | None = None) -> list[Told]:
 
 def states(project: str, book: Ledger, now: datetime, missed: Missed | None = None) -> list[Alert]:
     """Return what holds now, by the project's spec and ledger."""
-    spec = load_model(platform.project_folder(project))
+    spec = load(platform.project_folder(project))
     if missed is not None:
         partitions.parse(missed.partition, spec.grain)
+    if isinstance(spec, KnowledgeBaseSpec):
+        return knowledge.holding(project, spec, book.find(project, *alerts.KINDS), now, pages=_pages(), missed=missed)
     return alerts.holding(project, spec, book.find(project, *alerts.KINDS), now, pages=_pages(), missed=missed)
 
 
@@ -142,9 +148,11 @@ def _missed(verb: str | None, context: Mapping[str, Any]) -> Missed | None:
         return None
     run = context["dag_run"]
     partition = run.get("partition_key") or (run.get("conf") or {}).get("partition")
+    if verb == "reindex":  # of a run by hand the day it was asked for
+        partition = partition or str(run.get("run_after") or run.get("queued_at") or "")[:10] or None
     if not isinstance(partition, str) or not run.get("queued_at"):
         log.warning(
             "run %s of %s missed its deadline, and names no partition", run.get("dag_run_id"), run.get("dag_id")
         )
         return None
-    return Missed("score" if verb == "score" else "ingest", partition, str(run["queued_at"]))
+    return Missed(verb, partition, str(run["queued_at"]))  # type: ignore[arg-type]  # one of DEADLINES

@@ -13,7 +13,7 @@ from airflow.sdk.exceptions import AirflowSkipException
 
 from orrery import budgets, champions, partitions, platform, requests, twin
 from orrery.attempts import Attempt
-from orrery.contract import STATUS_OF_CODE, VERBS, Result, StepError
+from orrery.contract import STATUS_OF_CODE, Kind, Result, StepError
 from orrery.costs import TRAINS, refuse_over_budget
 from orrery.endings import Ending
 from orrery.errors import BudgetSpent, OrreryError, RequestError, UserError
@@ -23,7 +23,10 @@ from orrery.local import LocalProcess, relay, wait_for_end
 from orrery.log import shown
 from orrery.orchestration import links, params, retry, waiting
 from orrery.placement import placement
-from orrery.plan import AFTER_SAVING_S, Plan, Planner, Request, outlives, safe_name
+from orrery.plan import AFTER_SAVING_S, Planner
+from orrery.planner import BasePlanner, Plan, Request, safe_name
+from orrery.planners import planner_of
+from orrery.rag.planning import LIVE
 from orrery.runner import history, record_skip, record_unstarted, recorded, run
 
 if TYPE_CHECKING:
@@ -67,12 +70,13 @@ class StepOperator(BaseOperator):
         compute: str = "",
         chain: tuple[str, ...] = (),
         number: int | None = None,
+        kind: Kind = "model",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.number = number
+        self.number, self.kind = number, kind
         self.project, self.verb, self.compute, self.chain = project, verb, compute, chain
-        self.operator_extra_links = tuple(link() for link in links.BY_VERB.get(verb, ()))
+        self.operator_extra_links = tuple(link() for link in links.of(kind, verb))
         self._launcher: Any = None
         self._told: list[Told] = []
         # What this attempt is asked for, and the keys that it is through with, and how; an operator that defers carries
@@ -97,7 +101,7 @@ class StepOperator(BaseOperator):
             raise e.with_traceback(None) from None
 
     def _execute(self, context: Context) -> dict[str, Any]:
-        planner = Planner(self.project)
+        planner = planner_of(self.project)
         asked = params.read(context, planner)
         self._faults = asked.faults
         wanted = self._requests(context, planner, asked)
@@ -113,7 +117,7 @@ class StepOperator(BaseOperator):
         self._emit(context, wanted)
         return summary(result, len(wanted))
 
-    def _all(self, context: Context, planner: Planner, wanted: list[Request]) -> Result:
+    def _all(self, context: Context, planner: BasePlanner, wanted: list[Request]) -> Result:
         """Carry the requests in order; return the last one's result."""
         *before, last = wanted
         for request in before:
@@ -133,7 +137,7 @@ class StepOperator(BaseOperator):
                 self._over[request.key] = LEFT_OUT
         return self._one(context, planner, last)
 
-    def _requests(self, context: Context, planner: Planner, asked: params.Asked) -> list[Request]:
+    def _requests(self, context: Context, planner: BasePlanner, asked: params.Asked) -> list[Request]:
         ti, dag_run = context["ti"], context["dag_run"]
         if self.verb == "rollback":
             return [self._rollback(context, planner, asked)]
@@ -146,10 +150,10 @@ class StepOperator(BaseOperator):
             reason = "; ".join(dict.fromkeys(r.why for r in served if r.why))[:500] or reason
             force = force or any(r.force for r in served)
             # What was taken up, for the whole run: one partition may mean a longer window by now.
-            keys = partitions.window(served[0].window, planner.spec.grain) if served else keys
-        whole = VERBS[self.verb].scope == "window"
+            keys = partitions.window(served[0].window, planner.grain) if served else keys
+        whole = planner.verbs[self.verb].scope == "window"
         groups: list[tuple[str, ...]] = [keys] if whole else [(key,) for key in keys]
-        if self.verb == "monitor" and not self._groups:
+        if self.verb == "monitor" and not self._groups and isinstance(planner, Planner):
             groups = [*((key,) for key in waiting.behind(planner, keys[0])), *groups]
         self._groups = groups = self._groups or groups
         return [
@@ -163,14 +167,15 @@ class StepOperator(BaseOperator):
                 actor=actor,
                 reason=reason,
                 force=force and (self.verb != "monitor" or group == keys),
-                options=self._options(context),
+                options=self._options(context, asked),
                 compute=self.compute,
+                kind=planner.kind,
                 cleared=tuple(name for name in params.cleared_names(dag_run) if name != run),
             )
             for group in groups
         ]
 
-    def _rollback(self, context: Context, planner: Planner, asked: params.Asked) -> Request:
+    def _rollback(self, context: Context, planner: BasePlanner, asked: params.Asked) -> Request:
         """Return what is rolled back to. A run that has done so has nothing left to do, however often it is cleared."""
         run = params.first_name(context["dag_run"])
         if champions.rolled_back(planner, run) is not None:
@@ -180,15 +185,19 @@ class StepOperator(BaseOperator):
             planner, asked.version, run=run, attempt=attempt, actor=asked.actor, reason=asked.reason
         )
 
-    def _options(self, context: Context) -> Mapping[str, Any]:
+    def _options(self, context: Context, asked: params.Asked) -> Mapping[str, Any]:
         if self.verb == "trial":
             return {"number": self.number}
-        if self.verb != "promote":
+        if self.verb == "collect":
+            return {"partial": asked.partial}
+        if self.verb == "evaluate" and self.kind == "knowledge_base":
+            return {LIVE: params.verb_of(context["dag_run"]) == "evaluate"}
+        if self.verb != "promote" or self.kind != "model":
             return {}
         registered = context["ti"].xcom_pull(task_ids="register") or {}
         return {"version": registered.get("facts", {}).get("model_version", "none")}
 
-    def _one(self, context: Context, planner: Planner, request: Request) -> Result:
+    def _one(self, context: Context, planner: BasePlanner, request: Request) -> Result:
         self._push_known(context)
         request = self._next_attempt(context, planner, request)
         told = Told(request)
@@ -209,12 +218,12 @@ class StepOperator(BaseOperator):
         self._push_links(context, result)
         return result
 
-    def _next_attempt(self, context: Context, planner: Planner, request: Request) -> Request:
+    def _next_attempt(self, context: Context, planner: BasePlanner, request: Request) -> Request:
         """Return the request as this attempt makes it, after a look at those before: whether, where and since when.
 
         Raises `BudgetSpent`: a worker that is killed asks no retry policy, so the limits are looked at here too.
         """
-        most = budgets.of(self.verb, planner.spec)
+        most = planner.budgets(self.verb)
         before = history(planner, request, lambda folder: self._wait_for_end(planner, request, folder))
         task = recorded(planner.ledger, request.project, request.run, request.task)
         if over := most.over(task):
@@ -224,12 +233,12 @@ class StepOperator(BaseOperator):
         if line := budgets.sentence(request.attempt, most, before):
             log.info(line)
         request = replace(request, queued_s=_waited(context, before))
-        if self.verb == "train":
+        if self.verb == "train" and isinstance(planner, Planner):
             place = placement(before, planner.spec.train, planner.platform.compute, datetime.now(UTC))
             if place.reason:
                 log.warning("this attempt runs on %s: %s", place.compute, place.reason)
             request = replace(request, compute=place.compute, placed=place.reason)
-        if self.verb in TRAINS:
+        if self.verb in TRAINS and isinstance(planner, Planner):
             price = planner.platform.compute_class(planner.compute_of(request)).price_per_hour
             refuse_over_budget(planner.ledger, request.project, safe_name(request.run), planner.spec, price)
         if before:
@@ -237,7 +246,7 @@ class StepOperator(BaseOperator):
             retry.show(context, most, task, **{name: text for name, text in said.items() if text})
         return request
 
-    def _make_launcher(self, context: Context, planner: Planner) -> Any:
+    def _make_launcher(self, context: Context, planner: BasePlanner) -> Any:
         local = LocalProcess(on_line=lambda line: relay(line, emit))
         process = twin.launcher(local, self._faults, planner.platform, log.warning)
         secrets = self._source_secrets(planner)
@@ -249,14 +258,14 @@ class StepOperator(BaseOperator):
         launch.stop = process.stop  # type: ignore[attr-defined]
         return launch
 
-    def _wait_for_end(self, planner: Planner, request: Request, folder: str) -> Ending | None:
+    def _wait_for_end(self, planner: BasePlanner, request: Request, folder: str) -> Ending | None:
         """Wait for the step of an earlier attempt whose worker is gone; return how its machine ended it, if known."""
-        wait_for_end(planner.store, folder, outlives(self.verb, planner.spec) + AFTER_SAVING_S)
+        wait_for_end(planner.store, folder, planner.outlives(self.verb) + AFTER_SAVING_S)
         return None
 
-    def _source_secrets(self, planner: Planner) -> dict[str, str]:
+    def _source_secrets(self, planner: BasePlanner) -> dict[str, str]:
         """Return the URLs of SQL sources, from Airflow's connections, for the ingest step's environment alone."""
-        if self.verb != "ingest":
+        if self.verb != "ingest" or not isinstance(planner, Planner):
             return {}
         found = {n: s.connection for n, s in planner.spec.sources.items() if s.connection}
         return {f"ORRERY_SOURCE_{n.upper()}": self._url(n, c) for n, c in found.items()}
@@ -280,7 +289,7 @@ class StepOperator(BaseOperator):
     def _push_known(self, context: Context, attempt: str | None = None) -> None:
         """Give the buttons their URLs before there is anything: at the end they would be of no use to who watches."""
         run_ = context["dag_run"]
-        for key, url in links.expected(self.verb, run_.dag_id, run_.run_id, attempt).items():
+        for key, url in links.expected(self.kind, self.verb, run_.dag_id, run_.run_id, attempt).items():
             context["ti"].xcom_push(key=key, value=url)
 
     def _emit(self, context: Context, wanted: list[Request]) -> None:
@@ -290,9 +299,9 @@ class StepOperator(BaseOperator):
             if _sensed(context["dag_run"]):
                 context["outlet_events"][outlet].extra.update(SENSED)
 
-    def _say_plan(self, planner: Planner, wanted: list[Request]) -> None:
+    def _say_plan(self, planner: BasePlanner, wanted: list[Request]) -> None:
         for verb in (self.verb, *self.chain):
-            log.info("dry run: would run %s of %s (%s)", verb, self.project, VERBS[verb].environment)
+            log.info("dry run: would run %s of %s (%s)", verb, self.project, planner.verbs[verb].environment)
         for request in wanted:
             try:
                 plan = planner.plan(request)

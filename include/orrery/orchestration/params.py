@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC
 from typing import Any
 
 from airflow.sdk import Param
@@ -13,9 +14,11 @@ from orrery import faults, partitions, platform
 from orrery.errors import RequestError, nearest
 from orrery.faults import Fault
 from orrery.partitions import EXAMPLES, PATTERNS
-from orrery.plan import Planner, safe_name
+from orrery.plan import Planner
+from orrery.planner import BasePlanner, safe_name
+from orrery.rag.planning import KnowledgePlanner
 from orrery.requests import training_window
-from orrery.spec import ModelSpec
+from orrery.spec import KnowledgeBaseSpec, ModelSpec
 
 # Dag -> the fields of its form. A Dag that works on data has a partition or a window first. `faults` is offered where
 # something may be rehearsed: on a laptop.
@@ -29,6 +32,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "labels": ("partition", "reason"),
     "monitor": ("partition", "reason", "force", "dry_run", "faults"),
     "rollback": ("version", "reason", "dry_run", "faults"),
+    "reindex": ("reason", "force", "partial", "dry_run", "faults"),
+    "evaluate": ("reason", "force", "dry_run", "faults"),
 }
 
 
@@ -43,6 +48,7 @@ class Asked:
     actor: str
     version: str | None = None
     faults: tuple[Fault, ...] = ()
+    partial: bool = False
 
 
 def verb_of(dag_run: Any) -> str:
@@ -50,9 +56,10 @@ def verb_of(dag_run: Any) -> str:
     return str(dag_run.dag_id).partition(".")[2]
 
 
-def form(dag: str, spec: ModelSpec) -> dict[str, Param]:
+def form(dag: str, spec: ModelSpec | KnowledgeBaseSpec) -> dict[str, Param]:
     """Return the params of one of a project's Dags."""
-    grain, length = spec.grain, spec.train.window
+    grain = spec.grain
+    length, longest = (spec.train.window, spec.train.longest) if isinstance(spec, ModelSpec) else (1, None)
     key, example = PATTERNS[grain], EXAMPLES[grain]
     known = {
         "window": lambda: Param(
@@ -63,7 +70,7 @@ def form(dag: str, spec: ModelSpec) -> dict[str, Param]:
             title="Window",
             description=f"First and last {grain}, both included, such as {example}..{example}. "
             f"One {grain} alone means the {length} that end with it"
-            + (f", and those before them up to {longest} in all." if (longest := spec.train.longest) else "."),
+            + (f", and those before them up to {longest} in all." if longest else "."),
         ),
         "partition": lambda: Param(
             None,
@@ -87,6 +94,12 @@ def form(dag: str, spec: ModelSpec) -> dict[str, Param]:
         "force": lambda: Param(
             False, type="boolean", title="Force", description="Do the work although nothing changed."
         ),
+        "partial": lambda: Param(
+            False,
+            type="boolean",
+            title="Sources have shrunk",
+            description="Go on although more documents are gone or unreadable than `missing` of their source allows.",
+        ),
         "dry_run": lambda: Param(
             False, type="boolean", title="Dry run", description="Say what would be done; do nothing."
         ),
@@ -107,7 +120,7 @@ def _rehearses() -> bool:
     return not faults.refusal(platform.load(), platform.profile())
 
 
-def read(context: Mapping[str, Any], planner: Planner) -> Asked:
+def read(context: Mapping[str, Any], planner: BasePlanner) -> Asked:
     """Return what a run was asked for: a task's context, or its `dag_run` and `params`.
 
     Raises `RequestError` (64): unknown key, no partition, or a malformed one.
@@ -127,6 +140,8 @@ def read(context: Mapping[str, Any], planner: Planner) -> Asked:
                 f"the run has a partition key ({dag_run.partition_key}) and a {kind} ({given})", hint="give one"
             )
         keys = _keys(given or dag_run.partition_key, planner, kind)
+    elif isinstance(planner, KnowledgePlanner):
+        keys = (dag_run.partition_key or partitions.key_of(dag_run.run_after.astimezone(UTC), planner.grain),)
     return Asked(
         keys,
         str(params.get("reason") or ""),
@@ -135,17 +150,18 @@ def read(context: Mapping[str, Any], planner: Planner) -> Asked:
         actor(dag_run),
         params.get("version"),
         _faults(params.get("faults") or conf.get("faults"), planner) if "faults" in fields else (),
+        bool(params.get("partial")),
     )
 
 
-def _faults(given: object, planner: Planner) -> tuple[Fault, ...]:
+def _faults(given: object, planner: BasePlanner) -> tuple[Fault, ...]:
     """Return what is to be rehearsed: by the run, else by the variable. Refused where the form does not offer it."""
     text, source = (str(given), "faults") if given else (os.environ.get(faults.VARIABLE, ""), faults.VARIABLE)
     return faults.read(text, planner.platform, platform.profile(), source)
 
 
-def _keys(text: str | None, planner: Planner, kind: str) -> tuple[str, ...]:
-    grain = planner.spec.grain
+def _keys(text: str | None, planner: BasePlanner, kind: str) -> tuple[str, ...]:
+    grain = planner.grain
     if not text:
         raise RequestError(
             f"the run names no {kind}", hint=f"give {kind}, such as {EXAMPLES[grain]}: no clock chooses data"
@@ -153,7 +169,7 @@ def _keys(text: str | None, planner: Planner, kind: str) -> tuple[str, ...]:
     if kind == "partition":
         partitions.parse(text, grain)
         return (text,)
-    if ".." not in text:
+    if ".." not in text and isinstance(planner, Planner):
         partitions.parse(text, grain)
         text = training_window(planner.spec, text, set(planner.store.keys(planner.project, "features")))
     return partitions.window(text, grain)

@@ -19,17 +19,19 @@ from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
 
 from orrery import attempts, platform
+from orrery.catalogue import CATALOGUE, verb_of
 from orrery.cluster import answers, gang, names, template, units
 from orrery.cluster.judge import Seen, readable
 from orrery.cluster.units import Unit
-from orrery.contract import VERBS, Result, StepConfig
+from orrery.contract import Kind, Result, StepConfig
 from orrery.endings import Ending
 from orrery.errors import TryAgain, UserError
 from orrery.orchestration import retry
 from orrery.orchestration.operators import StepOperator, Told
 from orrery.orchestration.pod_trigger import PodTrigger
 from orrery.orchestration.reach import reaching
-from orrery.plan import Plan, Planner, Request, attempt_folder, grace, outlives
+from orrery.plan import Planner
+from orrery.planner import BasePlanner, Plan, Request, attempt_folder, grace
 from orrery.platform import Compute
 from orrery.runner import CHANGES, GoesOn, conclude, read_result
 from orrery.spec import seconds
@@ -65,17 +67,26 @@ class PodStepOperator(StepOperator, KubernetesPodOperator):
 
     name: Any
 
-    def __init__(self, *, project: str, verb: str, compute: str, chain: tuple[str, ...] = (), **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        project: str,
+        verb: str,
+        compute: str,
+        chain: tuple[str, ...] = (),
+        kind: Kind = "model",
+        **kwargs: Any,
+    ) -> None:
         where = platform.load()
         chosen = where.compute_class(compute)
         template.check(where, chosen, compute, verb)
         pod: dict[str, Any] = {
             **template.for_cluster(where),
-            **template.for_class(where, chosen, verb, VERBS[verb].environment),
+            **template.for_class(where, chosen, verb, CATALOGUE[kind][verb].environment),
             "name": f"{project}-{verb}".replace("_", "-"),
             "labels": {names.PROJECT: names.label(project), names.STEP: verb},
         }
-        super().__init__(project=project, verb=verb, compute=compute, chain=chain, **pod, **kwargs)
+        super().__init__(project=project, verb=verb, compute=compute, chain=chain, kind=kind, **pod, **kwargs)
         self._event: dict[str, Any] | None = None
 
     def execute(self, context: Context) -> dict[str, Any]:
@@ -92,7 +103,7 @@ class PodStepOperator(StepOperator, KubernetesPodOperator):
         self._event, self._run = event, carried["run"]
         return self.execute(context)
 
-    def _one(self, context: Context, planner: Planner, request: Request) -> Result:
+    def _one(self, context: Context, planner: BasePlanner, request: Request) -> Result:
         event = self._event
         if event is not None and event["key"] == request.key:
             self._event = None
@@ -109,13 +120,13 @@ class PodStepOperator(StepOperator, KubernetesPodOperator):
             self.defer(trigger=e.trigger, method_name="pod_ended", timeout=None)
             raise AssertionError("deferred") from None
 
-    def _make_launcher(self, context: Context, planner: Planner) -> Any:
+    def _make_launcher(self, context: Context, planner: BasePlanner) -> Any:
         return PodLauncher(self, context, planner, self._told[-1].request)
 
-    def _wait_for_end(self, planner: Planner, request: Request, folder: str) -> Ending | None:
+    def _wait_for_end(self, planner: BasePlanner, request: Request, folder: str) -> Ending | None:
         """Wait for a lost attempt's pod that was told to go and is saving; remove one that has ended, and say how."""
         compute = planner.platform.compute_class(_compute_of(planner, folder, self.compute))
-        patience = grace(compute, outlives(self.verb, planner.spec))
+        patience = grace(compute, planner.outlives(self.verb))
         cluster, until = Cluster(self, planner), time.monotonic() + patience + MARGIN_S
         # Who clears a task gives its run a new name.
         cleared = folder.rpartition("/")[0] != attempt_folder(request).rpartition("/")[0]
@@ -138,11 +149,11 @@ class PodStepOperator(StepOperator, KubernetesPodOperator):
                 cluster.delete(unit.address)
         return ended
 
-    def _conclude(self, context: Context, planner: Planner, request: Request, event: dict[str, Any]) -> Result:
+    def _conclude(self, context: Context, planner: BasePlanner, request: Request, event: dict[str, Any]) -> Result:
         """Judge the unit by what it left, and record the attempt."""
         store, folder, ran = planner.store, attempt_folder(request), event["folder"]
         config, ending = _config(planner, folder), Ending.model_validate(event["ending"])
-        plan = Plan(config, VERBS[config.verb], {}, compute=_compute_of(planner, folder, request.compute))
+        plan = Plan(config, verb_of(config), {}, compute=_compute_of(planner, folder, request.compute))
         result = read_result(store, config if ran == folder else _config(planner, ran), ending)
         plan.told["pod"] = _told(event, ending)
         self._say_end(context, event, ending, result)
@@ -162,7 +173,7 @@ class PodStepOperator(StepOperator, KubernetesPodOperator):
         if ending.kind != "exited":
             retry.note(context, pod=line)
 
-    def _delete(self, planner: Planner, event: dict[str, Any], ending: Ending) -> None:
+    def _delete(self, planner: BasePlanner, event: dict[str, Any], ending: Ending) -> None:
         if event["gone"]:
             return
         # A node that is silent never confirms a deletion: by force, or the pod's quota would stay taken.
@@ -180,7 +191,7 @@ class PodStepOperator(StepOperator, KubernetesPodOperator):
 class PodLauncher:
     """Creates a planned step's unit, or takes up the one that works already; raises `PodStarted`."""
 
-    def __init__(self, operator: PodStepOperator, context: Context, planner: Planner, request: Request) -> None:
+    def __init__(self, operator: PodStepOperator, context: Context, planner: BasePlanner, request: Request) -> None:
         self.operator, self.context, self.planner, self.request = operator, context, planner, request
         self.cluster = Cluster(operator, planner)
         self._address = ""
@@ -299,6 +310,8 @@ class PodLauncher:
         return self.cluster.units([attempt_folder(self.request, run) for run in runs])
 
     def _check_sources(self) -> None:
+        if not isinstance(self.planner, Planner):
+            return
         sources = self.planner.spec.sources.items()
         missing = [n for n, s in sources if s.connection and not self.planner.platform.kubernetes.secret]
         if self.request.verb == "ingest" and missing:
@@ -311,7 +324,7 @@ class PodLauncher:
 class Cluster:
     """What a worker asks of the cluster, as raw documents: to create, list and delete."""
 
-    def __init__(self, operator: PodStepOperator, planner: Planner) -> None:
+    def __init__(self, operator: PodStepOperator, planner: BasePlanner) -> None:
         self._operator, self._planner = operator, planner
 
     @property
@@ -387,7 +400,7 @@ class Cluster:
         """Return which objects a unit of this task may be."""
         # Whatever the class says by now: it may have had several pods when the Job was made.
         job = {"indexed-job": "Job", "pytorchjob": "PyTorchJob"}[self._planner.platform.kubernetes.ranks]
-        return ["Pod", job] if VERBS[self._operator.verb].spreads else ["Pod"]
+        return ["Pod", job] if self._planner.verbs[self._operator.verb].spreads else ["Pod"]
 
     def _list(self, kind: str, chosen: str) -> list[dict[str, Any]]:
         path = gang.PLACES[kind].format(self._planner.platform.kubernetes.namespace)
@@ -453,11 +466,11 @@ def _answer(error: ApiException | HTTPError, what: str) -> answers.Answer:
     return answers.read(0, f"{type(error).__name__}: {error}", what)
 
 
-def _config(planner: Planner, folder: str) -> StepConfig:
+def _config(planner: BasePlanner, folder: str) -> StepConfig:
     return StepConfig.model_validate_json(planner.store.read(f"{folder}/config.json"))
 
 
-def _compute_of(planner: Planner, folder: str, otherwise: str) -> str:
+def _compute_of(planner: BasePlanner, folder: str, otherwise: str) -> str:
     """Return the compute class that an attempt was started on."""
     attempt = attempts.read(planner.store, folder)
     return attempt.compute if attempt and attempt.compute else otherwise

@@ -11,16 +11,18 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from orrery import attempts, platform
+from orrery.catalogue import verb_of
 from orrery.cloud import client, jobs
 from orrery.cloud.jobs import Job, Seen
-from orrery.contract import VERBS, Result, StepConfig
+from orrery.contract import Result, StepConfig
 from orrery.endings import Ending
 from orrery.errors import TRY_AGAIN, USER, OrreryError, SpecError, TryAgain, UserError
 from orrery.local import interpreter, step_environment
 from orrery.orchestration.job_trigger import JobTrigger
 from orrery.orchestration.links import ResultLink
 from orrery.orchestration.operators import StepOperator, Told
-from orrery.plan import Plan, Planner, Request, attempt_folder
+from orrery.plan import Planner
+from orrery.planner import BasePlanner, Plan, Request, attempt_folder
 from orrery.runner import GoesOn, StepFailed, conclude, read_result
 from orrery.spec import seconds
 
@@ -64,7 +66,7 @@ class SageMakerStepOperator(StepOperator):
         self._ended, self._run = event, run
         return self.execute(context)
 
-    def _one(self, context: Context, planner: Planner, request: Request) -> Result:
+    def _one(self, context: Context, planner: BasePlanner, request: Request) -> Result:
         if self._ended is not None:
             return self._conclude(context, planner, request, self._ended)
         try:
@@ -75,10 +77,11 @@ class SageMakerStepOperator(StepOperator):
             self.defer(trigger=e.trigger(), method_name="job_ended", kwargs={"run": request.run}, timeout=None)
             raise AssertionError("deferred") from None
 
-    def _make_launcher(self, context: Context, planner: Planner) -> Any:
+    def _make_launcher(self, context: Context, planner: BasePlanner) -> Any:
+        assert isinstance(planner, Planner), "a class that is a SageMaker job trains models, and does nothing else"
         return JobLauncher(planner, self._told[-1].request)
 
-    def _wait_for_end(self, planner: Planner, request: Request, folder: str) -> Ending | None:
+    def _wait_for_end(self, planner: BasePlanner, request: Request, folder: str) -> Ending | None:
         """Wait for a job that was told to stop and is saving: the next attempt goes on from what it saves."""
         settings = planner.platform.compute_class(self.compute).sagemaker
         slot = jobs.slot(planner.store.uri, folder)
@@ -91,14 +94,14 @@ class SageMakerStepOperator(StepOperator):
             time.sleep(LOOK_S)
         return None  # the job's own result, or its lack, is judged like any lost one's
 
-    def _conclude(self, context: Context, planner: Planner, request: Request, event: dict[str, Any]) -> Result:
+    def _conclude(self, context: Context, planner: BasePlanner, request: Request, event: dict[str, Any]) -> Result:
         """Judge the job by what it left, and record the attempt."""
         store, folder, ran = planner.store, attempt_folder(request), event["folder"]
         attempt = attempts.read(store, folder)
         name = attempt.compute if attempt else request.compute
         compute, seen = planner.platform.compute_class(name), Seen.model_validate(event["seen"])
         config = _config(planner, folder)
-        plan = Plan(config, VERBS[config.verb], {}, compute=name)
+        plan = Plan(config, verb_of(config), {}, compute=name)
         plan.told["sagemaker"] = told = jobs.told(event["job"], seen, compute, ran)
         log.info("%s", _sentence(event["job"], seen, told["saved"]))
         result = read_result(store, config if ran == folder else _config(planner, ran), seen.exit_code or 1)
@@ -220,7 +223,7 @@ def submit(job: Job, run: Callable[..., subprocess.CompletedProcess[str]] = subp
     return bool(told["new"])
 
 
-def _config(planner: Planner, folder: str) -> StepConfig:
+def _config(planner: BasePlanner, folder: str) -> StepConfig:
     return StepConfig.model_validate_json(planner.store.read(f"{folder}/config.json"))
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from orrery.fields import ComputeName, Cron, Duration, Frozen, Name
+from orrery.partitions import Grain
 from orrery.uri import has_secret
 
 Group = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
@@ -180,6 +181,11 @@ class KnowledgeBaseSpec(Frozen):
     runbook: Annotated[str, StringConstraints(pattern=r"^https?://[^\s<>\"']+$")] | None = Field(
         None, description="Where an alert sends its reader; by default the Dag's page, which shows the Dag file's text."
     )
+
+    @property
+    def grain(self) -> Grain:
+        """A generation is named by the day on which its sources were read."""
+        return "day"
 
     @field_validator("questions")
     @classmethod

@@ -22,7 +22,7 @@ from airflow.models.dagrun import DagRun
 from fastapi import Depends, HTTPException
 from sqlalchemy import select
 
-from orrery.orchestration.assets import DAGS
+from orrery.orchestration.assets import ALL_DAGS
 from orrery.orchestration.params import first_name, run_name
 
 LONGEST = 250  # of Airflow's ids
@@ -49,9 +49,9 @@ def _seen(dag_id: str, session: SessionDep) -> Seen:
         raise HTTPException(404, "there is no such Dag")
     project, _, verb = dag_id.partition(".")
     tags = {tag.name for tag in found.tags}
-    if verb not in DAGS or not {"orrery", project} <= tags:
+    if verb not in ALL_DAGS or not {"orrery", project} <= tags:
         return Seen(dag_id, "", "")
-    ids = session.scalars(select(DagModel.dag_id).where(DagModel.dag_id.in_([f"{project}.{v}" for v in DAGS])))
+    ids = session.scalars(select(DagModel.dag_id).where(DagModel.dag_id.in_([f"{project}.{v}" for v in ALL_DAGS])))
     owner = next((tag.removeprefix("owner:") for tag in sorted(tags) if tag.startswith("owner:")), "")
     return Seen(dag_id, project, verb, owner, frozenset(ids))
 

@@ -21,6 +21,8 @@ ORDER = (
     *("watch", "ingest", "validate", "request", "materialize", "train", "evaluate", "gate", "approve", "register"),
     *("promote", "rollback", "score", "labels", "monitor", "report"),
 )
+KNOWLEDGE = ("collect", "chunk", "embed", "index", "evaluate", "gate", "promote")
+
 # Tone of a word: good, attention, bad, quiet (nothing happened), live (it still goes on).
 TONES = {
     **dict.fromkeys(("promoted", "rolled back", "scored", "done", "none", "promote", "success", "approved"), "good"),
@@ -125,7 +127,8 @@ def _steps(run: Run, last: Mapping[tuple[str, str], Entry]) -> list[dict[str, An
     rows = [_step(run, entry, tasks.get(verb)) for (verb, _), entry in last.items()]
     told = {verb for verb, _ in last}
     rows += [_waiting(task) for task in run.tasks if task.name not in told]
-    place = {verb: i for i, verb in enumerate(ORDER)}
+    order = KNOWLEDGE if "collect" in (*told, *tasks) else ORDER
+    place = {verb: i for i, verb in enumerate(order)}
     return sorted(rows, key=lambda row: (place.get(row["verb"], len(place)), row["key"]))
 
 

@@ -1,0 +1,66 @@
+"""What `orrery check` says of a knowledge base, without reading its documents. Light."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from orrery import platform, yamlfile
+from orrery.errors import SpecError, nearest
+from orrery.rag.planning import inside
+from orrery.rag.spec import KnowledgeBaseSpec
+
+
+def describe(folder: Path, spec: KnowledgeBaseSpec) -> list[str]:
+    """Check a spec against platform.yaml and the project folder; return what is worth telling. Raises `SpecError`."""
+    file = folder / "spec.yaml"
+    _, lines = yamlfile.read(file)
+    where = platform.load()
+    values = {"root": str(platform.home()), "data": where.data}
+    said = []
+    for name, source in spec.sources.items():
+        at = f"{file}:{lines.get(('sources', name), 1)}: sources.{name}"
+        for field in ("uri", "notion"):
+            text = getattr(source, field)
+            if text and inside(text) and not (folder / text).is_dir():
+                raise SpecError(f"{at}.{field}: there is no folder {text!r} in {folder}", hint="such as documents")
+            platform.substitute(text or "", values, f"{at}.{field}")
+        said.append(f"{name}: {_origin(source)}, for {', '.join(source.groups)}")
+    if spec.embedder.compute not in where.compute:
+        at = f"{file}:{lines.get(('embedder', 'compute'), 1)}: embedder.compute"
+        raise SpecError(
+            f"{at}: {spec.embedder.compute!r} is not in platform.yaml; " + nearest(spec.embedder.compute, where.compute)
+        )
+    for field in ("llm", "judge"):
+        name = getattr(spec, field)
+        if name is not None and name not in where.llms:
+            at = f"{file}:{lines.get((field,), 1)}: {field}"
+            raise SpecError(f"{at}: {name!r} is not among `llms` of platform.yaml", hint=nearest(name, where.llms))
+    said.append(_questions(folder, spec))
+    said.append(f"answers: {f'by {spec.llm}' if spec.llm else 'the best passages, no language model'}")
+    return said
+
+
+def _origin(source: Any) -> str:
+    if source.pages:
+        return f"{len(source.pages)} web pages"
+    return str(source.uri or source.sitemap or source.notion)
+
+
+def _questions(folder: Path, spec: KnowledgeBaseSpec) -> str:
+    if spec.questions is None:
+        return "no labelled questions: a generation is only compared with its sources, and marked unproven"
+    file = folder / spec.questions
+    if not file.is_file():
+        raise SpecError(f"{folder / 'spec.yaml'}: questions: there is no file {file}")
+    answerable = unanswerable = 0
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            found = bool(json.loads(line)["answerable"]) if line.strip() else None
+        except (ValueError, KeyError, TypeError):
+            raise SpecError(
+                f"{file}:{number}: not a question", hint='{"id", "question", "answerable", "passages"}'
+            ) from None
+        answerable, unanswerable = answerable + (found is True), unanswerable + (found is False)
+    return f"questions: {answerable} answerable, {unanswerable} not"
