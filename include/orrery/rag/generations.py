@@ -7,17 +7,14 @@ holds it any more, so a service may put another in its place at any moment.
 from __future__ import annotations
 
 import contextlib
-import gzip
 import hashlib
-import os
 import shutil
-import tarfile
 import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -28,10 +25,7 @@ from orrery.rag.embedding.sparse import SparseModel
 from orrery.rag.engines import Engine, Hit, Search, Sparse, Vector
 from orrery.store import CHUNK, File, Manifest, Store, trouble
 
-SHARD, FACTS, POINTS = "shard.tar.gz", "generation.json", "points.txt"
-FOLDER = "shard"
-# What an archive may hold at most: a hundred times what 100,000 chunks need.
-MOST_BYTES, MOST_FILES = 40 << 30, 10_000
+SHARD, FACTS, POINTS = "shard.tar", "generation.json", "points.txt"
 
 
 class Facts(BaseModel):
@@ -164,6 +158,7 @@ def open_engine(
             )
         assert facts.collection is not None
         return ServerEngine.load(connect(qdrant), facts.collection, qdrant), None
+    from orrery.rag.engines.archive import FOLDER, unpack
     from orrery.rag.engines.edge import EdgeEngine
 
     with trouble(str(scratch)):
@@ -219,57 +214,3 @@ def _damaged(store: Store, path: str, why: str) -> UserError:
         f"{store.uri}/{path}: {why}",
         hint=f"the generation is damaged: delete {folder} and run the reindex again, or roll back",
     )
-
-
-# -- the archive ---------------------------------------------------------------------------------------
-
-
-def pack(folder: Path, target: Path) -> None:
-    """Write an index's folder as an archive, its names in order. Compressed: most of its files are holes."""
-    with (
-        trouble(str(target)),
-        target.open("wb") as raw,
-        gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=1, filename="", mtime=0) as packed,
-        tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar,
-    ):
-        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-            member = tarfile.TarInfo(f"{FOLDER}/{file.relative_to(folder).as_posix()}")
-            member.size, member.mode = file.stat().st_size, 0o644
-            with file.open("rb") as f:
-                tar.addfile(member, f)
-
-
-def unpack(archive: Path, target: Path) -> None:
-    """Write an archive's plain files below `target`, holes as holes. Raises `UserError` for what else it holds."""
-    total = 0
-    try:
-        with trouble(str(target)), tarfile.open(archive, mode="r:gz") as tar:
-            for number, member in enumerate(tar, 1):
-                total += member.size
-                if total > MOST_BYTES or number > MOST_FILES:
-                    raise tarfile.TarError(f"more than {MOST_FILES:,} files or {MOST_BYTES:,} bytes")
-                _write(tar, member, target)
-    except (tarfile.TarError, EOFError, gzip.BadGzipFile) as e:
-        raise UserError(f"{archive}: not an index's archive ({e})", hint="run index again") from None
-
-
-def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
-    """Write one file. By hand: the filters of `extractall` came with Python 3.11.4, and Debian 12 has 3.11.2."""
-    parts = Path(member.name).parts
-    data = tar.extractfile(member) if member.isreg() else None
-    if data is None or Path(member.name).is_absolute() or ".." in parts or parts[0] != FOLDER:
-        raise tarfile.TarError(f"{member.name!r} is not a file of an index")
-    file = target.joinpath(*parts)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("wb") as f:
-        _copy(data, f)
-        f.truncate(member.size)
-
-
-def _copy(source: IO[bytes], target: IO[bytes]) -> None:
-    """Copy bytes, and leave out what is zero."""
-    while chunk := source.read(CHUNK // 16):
-        if chunk.count(0) == len(chunk):
-            target.seek(len(chunk), os.SEEK_CUR)
-        else:
-            target.write(chunk)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,9 @@ from orrery.errors import OrreryError, UserError
 from orrery.rag.contract import IndexParams
 from orrery.rag.embedding.sparse import SparseModel
 from orrery.rag.engines import DIGEST, GROUPS, Condition, Engine, Point, Search
+from orrery.rag.engines.archive import FOLDER, pack, unpack
 from orrery.rag.engines.edge import EXACT, EdgeEngine
-from orrery.rag.generations import FACTS, POINTS, SHARD, Facts, pack
+from orrery.rag.generations import FACTS, POINTS, SHARD, Facts
 from orrery.rag.reconcile import reconcile
 from orrery.rag.records import CHUNKS, Chunk, chunks
 from orrery.step import Work
@@ -130,7 +132,7 @@ def read(work: Work) -> Given:
 
 
 def embedded(work: Work, given: Given) -> Result:
-    """Build the folder, read it back, and commit it as an archive."""
+    """Build the folder and make it an archive, which is read back."""
     if not given.count:
         work.log.warning("there are no chunks: the generation will find nothing")
     folder = work.scratch / "index"
@@ -140,12 +142,15 @@ def embedded(work: Work, given: Given) -> Result:
             building.upsert(_told(given.points(), tick))
         building.seal()
         building.close()
-    engine = EdgeEngine.load(folder)  # as a service will: what was written is what is compared
+    archive = work.path(SHARD)
+    pack(folder, archive)
+    shutil.rmtree(folder)
+    unpack(archive, folder)  # as a service will: what is committed is what is compared
+    engine = EdgeEngine.load(folder / FOLDER)
     try:
         ids = compare(engine, given)
     finally:
         engine.close()
-    pack(folder, work.path(SHARD))
     reasons = []
     if given.count > EXACT:
         reasons.append(f"{given.count:,} chunks: above {EXACT:,} a Qdrant server is the better place (`qdrant`)")
