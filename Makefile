@@ -13,13 +13,13 @@ test -x $(VENVS)/airflow/bin/orrery || { \
   fi; echo "nothing runs: the environments have not been made"; exit 0; }
 endef
 
-.PHONY: help demo replay replay-down test test-faults up down status check lock bench bench-gpu images environments test-environments clean
+.PHONY: help demo demo-rag replay replay-down test test-faults up down status check lock bench bench-gpu images environments test-environments clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 environments:
-	@$(PYTHON) docker/venv.py airflow ml spark
+	@$(PYTHON) docker/venv.py airflow ml spark rag
 
 test-environments:
 	@$(PYTHON) docker/venv.py --test airflow ml spark cloud rag serve llm dev upstream
@@ -27,6 +27,10 @@ test-environments:
 demo: environments ## Real flights through the whole loop in Airflow: land, train, promote, score
 	@$(PYTHON) docker/venv.py upstream
 	@$(VENVS)/airflow/bin/python include/demo/demo.py
+
+demo-rag: ## A knowledge base from its documents to answers with sources; then they change, and so do the answers
+	@$(PYTHON) docker/venv.py airflow rag serve
+	@$(VENVS)/airflow/bin/python include/demo/demo_rag.py
 
 replay: environments ## A year of flights, month by month: what retraining with a gate is worth, as picture and table
 	@$(PYTHON) docker/venv.py upstream

@@ -22,7 +22,7 @@ from orrery.partitions import key_of
 from orrery.plan import Planner
 from orrery.planner import BasePlanner, Plan, Request
 from orrery.planners import planner_of
-from orrery.spec import load_model
+from orrery.spec import load_knowledge, load_model
 
 app = typer.Typer(
     name="orrery",
@@ -413,6 +413,42 @@ def status() -> None:
 
     if not servers.status():
         raise typer.Exit(1)
+
+
+@app.command()
+def serve(
+    project: Project,
+    host: Annotated[str, typer.Option(help="Where it listens; other than loopback wants tokens.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one, which the log tells.")] = 8070,
+    tokens: Annotated[
+        str | None, typer.Option(help="File of bearer tokens (ORRERY_SERVE_TOKENS); `orrery token` adds to it.")
+    ] = None,
+) -> None:
+    """Answer questions from a knowledge base's live generation, with sources: an API and a small page."""
+    load_knowledge(platform.project_folder(project))
+    argv = [project, "--host", host, "--port", str(port), *(["--tokens", tokens] if tokens else [])]
+    _serving(argv)
+
+
+@app.command()
+def token(
+    name: Annotated[str, typer.Argument(help="Who will have it; the service's log names it.")],
+    groups: Annotated[str, typer.Option(help="What it may read beside `everyone`, such as oncall,support.")] = "",
+    expires: Annotated[str | None, typer.Option(help="Its last day, such as 2027-06-30.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="The file of tokens (ORRERY_SERVE_TOKENS).")] = None,
+) -> None:
+    """Make a bearer token for the service; it is shown once, and written down nowhere but as a digest."""
+    given = [("--groups", groups), ("--expires", expires), ("--tokens", tokens)]
+    _serving(["token", name, *(part for option, value in given if value for part in (option, value))])
+
+
+def _serving(argv: list[str]) -> None:
+    """Become the service's process, in its environment."""
+    from orrery.local import interpreter
+
+    python = interpreter("serve")
+    env = {"ORT_DISABLE_TELEMETRY": "1", **os.environ}
+    os.execve(python, [str(python), "-m", "orrery.serving", *argv], env)  # noqa: S606  our own environment's program
 
 
 @app.command(

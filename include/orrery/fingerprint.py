@@ -66,6 +66,10 @@ MACHINERY = frozenset(
         ".yamlfile",
         ".registry.tracking",
         ".registry.client",
+        ".catalogue",
+        # The parts of a knowledge base's spec that a verb reads are in its config's digest, with their defaults.
+        ".rag.spec",
+        ".rag.contract",
     )
 )
 

@@ -310,7 +310,7 @@ def test_the_log_of_a_waiting_step_is_asked_of_an_address_that_is_reachable() ->
 
 def test_the_page_gives_a_training_the_time_that_it_needs_to_save() -> None:
     """The kubelet takes what critical pods get from the whole, and what is left replaces the pod's own grace."""
-    from orrery import plan
+    from orrery import planner
     from orrery.spec import Checkpoint, seconds
 
     page = (FOLDER / "README.md").read_text()
@@ -320,7 +320,7 @@ def test_the_page_gives_a_training_the_time_that_it_needs_to_save() -> None:
     shortened = re.search(r"checkpoint: \{within: (\d+)s\}", page)
     assert len(rows) == 2 and shortened
     for (whole, critical), within in zip(rows, (seconds(Checkpoint().within), int(shortened[1])), strict=True):
-        assert int(whole) - int(critical) >= within + 2 * plan.ENDING_S
+        assert int(whole) - int(critical) >= within + 2 * planner.ENDING_S
     assert "kubectl drain NODE --ignore-daemonsets --force --delete-emptydir-data" in page
 
 

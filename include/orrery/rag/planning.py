@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, ClassVar
 
 from orrery import bundle, fingerprint, platform
@@ -26,6 +27,8 @@ READS: dict[str, tuple[str, ...]] = {
 }
 # What they make, or look at, on a server may have been changed behind their back: there they are never left out.
 ON_A_SERVER = ("index", "evaluate")
+USE_QDRANT = (*ON_A_SERVER, "promote", "rollback")
+QDRANT_KEY = "ORRERY_QDRANT_KEY"
 LIVE = "live"  # an option of `evaluate`: look at the live generation instead of the one just made
 
 
@@ -84,7 +87,11 @@ class KnowledgePlanner(BasePlanner):
         return self.spec.embedder.compute if verb.name == "embed" else verb.compute
 
     def _secrets(self, verb: Verb) -> dict[str, str]:
-        return {"MLFLOW_TRACKING_URI": self.platform.mlflow} if verb.name == "evaluate" else {}
+        found = {"MLFLOW_TRACKING_URI": self.platform.mlflow} if verb.name == "evaluate" else {}
+        # In a pod it comes from the cluster's Secret: here it would stand in the pod's document.
+        if verb.name in USE_QDRANT and platform.profile() == "local" and os.environ.get(QDRANT_KEY):
+            found[QDRANT_KEY] = os.environ[QDRANT_KEY]
+        return found
 
     # -- inputs, verb by verb ------------------------------------------------------------------------
 
