@@ -244,7 +244,9 @@ class House:
         self.settings = settings
         self.tokens_file = folder / "tokens.yaml"
         self._anonymous, self._version, self._tokens = anonymous, 0, dict[tuple[str, ...], str]()
+        self._lock = threading.Lock()
         if not anonymous:
+            self.token()
             self.token(["team"])
         self.client = httpx.Client(timeout=20)
 
@@ -317,11 +319,13 @@ class House:
     def token(self, groups: Sequence[str] = (), name: str | None = None) -> str:
         """Return a token of somebody in these groups (and everyone)."""
         key = (name or "", *sorted(groups))
-        if key not in self._tokens:
-            self._tokens[key] = add(self.tokens_file, name or f"t{len(self._tokens)}", sorted(groups))
-            if hasattr(self, "service") and self.service.tokens is not None:
-                self.service.tokens._looked = 0.0  # look at the file now, instead of within a second
-        return self._tokens[key]
+        with self._lock:
+            if key not in self._tokens:
+                made = add(self.tokens_file, name or f"t{len(self._tokens)}", sorted(groups))
+                if hasattr(self, "service") and self.service.tokens is not None:
+                    self.service.tokens._looked = 0.0  # look at the file now, instead of within a second
+                self._tokens[key] = made
+            return self._tokens[key]
 
     def headers(self, groups: Sequence[str] | None = ()) -> dict[str, str]:
         return {} if groups is None or self._anonymous else {"authorization": f"Bearer {self.token(groups)}"}

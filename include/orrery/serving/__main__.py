@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import threading
 from datetime import date
 from pathlib import Path
 
@@ -55,16 +56,23 @@ def _day(text: str) -> date:
     return date.fromisoformat(text)
 
 
+def _leave(code: int) -> None:
+    """End the process, also when a thread still waits for a store or an index that does not answer."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if any(t is not threading.main_thread() and not t.daemon for t in threading.enumerate()):
+        os._exit(code)
+    raise SystemExit(code)
+
+
 def main() -> None:
     """Entry of `python -m orrery.serving`."""
-    from orrery.serving.server import leave
-
     try:
         code = run(sys.argv[1:])
     except OrreryError as e:
         sys.stderr.write(f"error: {e.message}\n" + (f"  → {e.hint}\n" if e.hint else ""))
         code = e.exit_code
-    leave(code)
+    _leave(code)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
 
 from orrery import log
-from orrery.errors import OrreryError
+from orrery.errors import OrreryError, RequestError
 from orrery.rag.spec import KnowledgeBaseSpec
 from orrery.serving.citations import check
 from orrery.serving.contract import Answer, Query, Source
@@ -27,7 +27,7 @@ from orrery.serving.settings import Settings
 from orrery.serving.texts import Span, clean, heading_text, marked, one_line, sentences, window, within
 from orrery.serving.tokens import Caller
 
-Why = Literal["down", "slow", "busy", "resting", "uncited", "silent"]
+Why = Literal["down", "slow", "busy", "resting", "refused", "uncited", "silent"]
 T = TypeVar("T")
 NOBODY, EXTRACTIVE = "none", "none (extractive)"
 ABSTAINED = "The documents do not seem to answer this. The passages nearest to the question are below."
@@ -38,6 +38,7 @@ REASONS: dict[Why, str] = {
     "slow": "the language model did not answer in time",
     "busy": "the language model is busy",
     "resting": "the language model has failed lately and is left alone for a while",
+    "refused": "the language model does not take this question",
     "uncited": "the language model cited none of the passages, so what it wrote is not shown",
     "silent": "the language model found no answer in the passages",
 }
@@ -54,13 +55,16 @@ class TooSlow(Exception):
 
 
 class Writer(Protocol):
-    """A language model (`orrery.llm.client.Model`). Both raise `OrreryError` when no answer comes."""
+    """A language model (`orrery.llm.client.Model`). An `OrreryError` when no answer comes."""
 
     async def complete(self, messages: list[Message], *, max_tokens: int, timeout: float) -> str:
         """Return the whole answer."""
 
     def stream(self, messages: list[Message], *, max_tokens: int, timeout: float) -> AsyncGenerator[str, None]:
         """Return the answer piece by piece."""
+
+    async def close(self) -> None:
+        """Give its connections back."""
 
 
 @dataclass(frozen=True)
@@ -232,6 +236,12 @@ class Answering:
             prompt, shown = messages(question, found, budget, knowledge.tokens)
         return _Searched(found, sources(knowledge, question, found, quoted), abstains, quoted, prompt, shown)
 
+    async def close(self) -> None:
+        """Let threads and connections go."""
+        self.threads.close()
+        if self.model is not None:
+            await self.model.writer.close()
+
     async def events(self, begun: Begun, trace: Trace, *, stream: bool) -> AsyncGenerator[Event, None]:
         """Give the passages, then (with `stream`) what the model writes, then the whole checked answer."""
         searched = begun.searched
@@ -290,8 +300,12 @@ class Answering:
         except asyncio.CancelledError:
             self.breaker.undecided()
             raise
+        except RequestError as e:  # this prompt alone: the model answers others
+            self.breaker.undecided()
+            log.get().warning("the prompt is refused", why=e.message)
+            return _Written(why="refused")
         except Exception as e:
-            self.breaker.failed()
+            self.breaker.failed(getattr(e, "retry_after", None))
             # Of an error that is not ours the kind alone: its text may repeat the prompt.
             log.get().warning("no answer", why=e.message if isinstance(e, OrreryError) else type(e).__name__)
             return _Written(why="down")
@@ -301,10 +315,11 @@ class Answering:
     async def _model_text(self, prompt: list[Message], stream: bool, say: Callable[[str], None]) -> str:
         assert self.model is not None
         writer, most = self.model.writer, self.spec.answers.max_tokens
+        limit = self.limit + 1  # ours is the one that ends it
         if not stream:
-            return (await writer.complete(prompt, max_tokens=most, timeout=self.limit))[: most * CHARACTERS]
+            return (await writer.complete(prompt, max_tokens=most, timeout=limit))[: most * CHARACTERS]
         text = ""
-        async with aclosing(writer.stream(prompt, max_tokens=most, timeout=self.limit)) as pieces:
+        async with aclosing(writer.stream(prompt, max_tokens=most, timeout=limit)) as pieces:
             async for piece in pieces:
                 text += piece
                 say(clean(piece))

@@ -6,8 +6,10 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,6 +72,8 @@ class Service:
         self.answering = Answering(self.spec, self.live, self.metrics, self.settings, self.model)
         self.recent = thumbs.Recent(self.settings.remembered, self.settings.remembered_for)
         self.rate = Rate(self.settings.feedback_per_minute)
+        # Beside the searches' threads: a store that hangs must not hold up the end, as the loop's own threads would.
+        self.noting = ThreadPoolExecutor(2, thread_name_prefix="feedback")
         self.asked = 0
 
     @property
@@ -139,7 +143,8 @@ def build(service: Service) -> Edge:
             following.cancel()
             with suppress(asyncio.CancelledError):
                 await following
-            service.answering.threads.close()
+            await service.answering.close()
+            service.noting.shutdown(wait=False, cancel_futures=True)
             await service.live.close()
 
     # The usual pages of documentation load scripts from elsewhere; openapi.json stays.
@@ -302,7 +307,8 @@ def _others(app: FastAPI, service: Service) -> None:
             raise HTTPException(404, "no answer of the last hour has this query_id")
         try:
             async with asyncio.timeout(service.settings.store_timeout):
-                noted = await asyncio.to_thread(thumbs.note, service.store, service.project, asked, given)
+                work = partial(thumbs.note, service.store, service.project, asked, given)
+                noted = await asyncio.get_running_loop().run_in_executor(service.noting, work)
         except (OrreryError, TimeoutError, OSError):
             raise HTTPException(503, "the store does not answer", {"retry-after": "30"}) from None
         if not noted:

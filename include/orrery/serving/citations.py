@@ -9,7 +9,7 @@ from orrery.serving.texts import clean
 
 # [2], [1, 3], [2-4], [Passage 2], 【2】: as models write them.
 _CITATION = re.compile(
-    r"[\[【]\s*(?:(?:passages?|sources?|quellen?)\s*:?\s*)?(#?\d{1,4}(?:\s*(?:[,;&]|and|-|–)\s*#?\d{1,4})*)\s*[\]】]",
+    r"[\[【]\s*(?:(?:passages?|sources?|quellen?)\s*:?\s*)?(#?\d{1,9}(?:\s*(?:[,;&]|and|-|–)\s*#?\d{1,9})*)\s*[\]】]",
     re.IGNORECASE,
 )
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)

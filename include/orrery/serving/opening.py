@@ -14,6 +14,7 @@ import numpy as np
 
 from orrery.errors import UserError
 from orrery.rag.embedding.session import FOLDER
+from orrery.rag.embedding.sparse import terms
 from orrery.rag.engines import Hit, Search
 from orrery.rag.generations import Generation, Question, open_generation, verified
 from orrery.rag.retrieval import Found as Hits
@@ -105,7 +106,7 @@ class RagKnowledge:
 
     def terms(self, text: str) -> Sequence[str]:
         """Return the terms of the sparse vectors."""
-        return cast(Sequence[str], self._generation.sparse.terms(text))
+        return terms(text, self._generation.sparse.language)
 
     def tokens(self, text: str) -> int:
         """Return how many tokens the embedder counts."""

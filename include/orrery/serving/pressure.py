@@ -142,12 +142,12 @@ class Breaker:
         """Note an answer."""
         self._row, self._pause, self._trying = 0, self._rest, False
 
-    def failed(self) -> None:
-        """Note that none came."""
+    def failed(self, after: float | None = None) -> None:
+        """Note that none came. `after`: the seconds that it asked to be left alone for."""
         if self._trying:
             self._pause = min(self._pause * 2, self._most)
         self._row, self._trying = self._row + 1, False
-        self._until = self._clock() + self._pause
+        self._until = self._clock() + max(self._pause, min(after or 0.0, self._most))
 
     def undecided(self) -> None:
         """Note that the asker went away first: the next one may try."""

@@ -24,6 +24,7 @@ SYSTEM = (
 TASK = "Answer the question from the passages. Put the passage's number behind each statement, such as [1]."
 # Our own fences, in whatever a document or a question says.
 _FENCE = re.compile(r"<(?=\s*/?\s*(?:passages?|question)\b)", re.IGNORECASE)
+_QUOTES = str.maketrans({'"': "'", "<": " ", ">": " "})
 # What the fences, rules and chat template cost, beside passages and question.
 OVERHEAD = 260
 
@@ -61,7 +62,7 @@ def _cost(text: str, tokens: Callable[[str], int]) -> int:
 
 def _block(number: int, passage: Found, most: int | None = None) -> str:
     above = heading_text([passage.title, *passage.heading])
-    title = _fenced(one_line(above)).replace('"', "'").replace("<", " ").replace(">", " ")[:160]
+    title = one_line(_fenced(above).translate(_QUOTES))[:160]
     return f'<passage number="{number}" from="{title}">\n{_fenced(passage.text[:most])}\n</passage>'
 
 

@@ -9,9 +9,7 @@ import os
 import shutil
 import signal
 import socket
-import sys
 import tempfile
-import threading
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -181,12 +179,3 @@ def serve(project: str, host: str, port: int, tokens: Path | None, settings: Set
         listener.close()
         shutil.rmtree(scratch, ignore_errors=True)
     return 0
-
-
-def leave(code: int) -> None:
-    """End the process, also when a thread still waits for a store or an index that does not answer."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if any(t is not threading.main_thread() and not t.daemon for t in threading.enumerate()):
-        os._exit(code)
-    raise SystemExit(code)

@@ -15,7 +15,8 @@ _KEPT = {"\n", "\t", "\u200c", "\u200d"}
 _HIDDEN = {"Cc", "Cf", "Cs", "Co"}
 # What chat templates take for the end of a message or the start of another: servers read these inside of content, too.
 _TEMPLATE = re.compile(
-    r"<\|[^|>\n]{0,40}\|>|<\|+|\|+>|</?s>|\[/?INST\]|<</?SYS>>|</?(?:start|end)_of_(?:turn|role|text)>|<(?:bos|eos|unk|pad)>",
+    r"(?<=<)(?=\||/?s>|</?SYS>>|/?(?:start|end)_of_(?:turn|role|text)>|(?:bos|eos|unk|pad)>)"
+    r"|(?<=\|)(?=>)|(?<=\[)(?=/?INST\])",
     re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+|\n+")
@@ -32,7 +33,7 @@ def clean(text: str) -> str:
 
 def inert(text: str) -> str:
     """Return cleaned text in which nothing reads as a chat template's marks: a space goes behind their first sign."""
-    return _TEMPLATE.sub(lambda m: f"{m.group()[0]} {m.group()[1:]}", clean(text))
+    return _TEMPLATE.sub(" ", clean(text))
 
 
 def heading_text(heading: str | Iterable[str]) -> str:

@@ -257,13 +257,12 @@ class EventStream(Response):
         super().__init__()
         self._request, self._events, self._ended = request, events, ended
         # Proxies must not gather what is meant to be seen as it comes.
-        headers = [(k, v) for k, v in self.raw_headers if k != b"content-length"]
-        self.raw_headers = [*headers, (b"x-accel-buffering", b"no")]
+        self._head = [(b"content-type", self.media_type.encode()), (b"x-accel-buffering", b"no")]
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Send the events; stop when nobody reads them."""
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await send({"type": "http.response.start", "status": 200, "headers": self._head})
             await unless_gone(self._request, self._all(send))
         except Gone:
             trace_of(self._request).outcome = "cancelled"
