@@ -18,8 +18,8 @@ from orrery import step
 from orrery.contract import Result, StepConfig
 from orrery.rag import generations
 from orrery.rag.embedding.sparse import SparseModel, fit, index, terms
-from orrery.rag.engines import Point
-from orrery.rag.generations import Generation
+from orrery.rag.engines import Engine, Point
+from orrery.rag.generations import Facts, Generation
 from orrery.rag.index import payload_of
 from orrery.rag.records import Chunk
 from orrery.store import File, Manifest, Ref, Store, content_digest
@@ -157,3 +157,18 @@ class Lasting(QdrantClient):
 
     def end(self) -> None:
         super().close()
+
+
+def generation_of(engine: Engine, made: Sequence[Chunk]) -> Generation:
+    """Return a generation on an engine that holds these chunks' points, without a store."""
+    sparse, _ = fit(one.embedded for one in made)
+    facts = Facts(
+        backend="embedded",
+        count=len(made),
+        embedder=TermEmbedder.id,
+        dimensions=DIMENSIONS,
+        ids="",
+        sparse=sparse.told(),
+    )
+    manifest = Manifest(project=PROJECT, verb="index", key=DAY, address="0" * 32, digest="", files={})
+    return Generation(manifest, facts, engine, TermEmbedder(), sparse)  # type: ignore[arg-type]
