@@ -114,7 +114,7 @@ class EdgeEngine(Engine):
 
     def count(self) -> int:
         """Return the number of points."""
-        return self.shard.count(qdrant.CountRequest(exact=True))
+        return int(self.shard.count(qdrant.CountRequest(exact=True)))
 
     def rank(self, search: Search) -> Ranked:
         """Ask for the outcome and both lists at once."""

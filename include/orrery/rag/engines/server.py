@@ -174,7 +174,7 @@ class ServerEngine(Engine):
     def count(self) -> int:
         """Return the number of points."""
         with talking(self.address):
-            return self.client.count(self.collection, exact=True).count
+            return int(self.client.count(self.collection, exact=True).count)
 
     def rank(self, search: Search) -> Ranked:
         """Ask for the outcome and both lists in one request."""
