@@ -6,11 +6,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from orrery.errors import UserError
 
 T = TypeVar("T")
+Raw: TypeAlias = str | bytes
 DOCUMENTS, CHUNKS = "documents.jsonl", "chunks.jsonl"
 
 
@@ -42,7 +43,7 @@ class Document:
         return _line(asdict(self))
 
     @classmethod
-    def from_line(cls, line: str | bytes) -> Document:
+    def from_line(cls, line: Raw) -> Document:
         """Read a line. Raises `ValueError`, `KeyError` or `TypeError` when it is none."""
         told = _told(line)
         sections = tuple(

@@ -20,9 +20,6 @@ from orrery.rag.spec import Embedding
 from orrery.store import Store
 from orrery.uri import masked
 
-# What a folder needs to be loaded by transformers; anything else in it (code, pickles) is not even fetched.
-LOADED = (sources.WEIGHTS, "config.json", TOKENIZER, "tokenizer_config.json")
-
 
 def prepare(store: Store, wanted: Embedding, scratch: Path, folder: Path = Path()) -> str:
     """Return the id of the spec's embedder, which is in the store then. torch is used only when it was not yet there.
@@ -56,11 +53,7 @@ def _take(origin: sources.Source, target: Path, facts: Facts) -> None:
 
 def _make(origin: sources.Source, target: Path, facts: Facts) -> None:
     """Export in a process of its own (see `graph`)."""
-    given = target.with_name(f"{facts.id}-source")
-    given.mkdir(parents=True, exist_ok=True)
-    for name in LOADED:
-        if (path := origin.file(name)) is not None:
-            _link(path, given / name)
+    given = sources.gathered(origin, target.with_name(f"{facts.id}-source"))
     told = json.dumps(facts.told())
     argv = [sys.executable, "-m", "orrery.rag.embedding.graph", str(given), str(target), told]
     env = {**os.environ, "ORRERY_PARENT": str(os.getpid())}
@@ -68,11 +61,6 @@ def _make(origin: sources.Source, target: Path, facts: Facts) -> None:
     shutil.rmtree(given)
     if done.returncode:
         raise _told(done.returncode, done.stderr)
-
-
-def _link(path: Path, target: Path) -> None:
-    target.unlink(missing_ok=True)
-    target.symlink_to(path.resolve())
 
 
 def _told(code: int, said: str) -> OrreryError:

@@ -48,7 +48,7 @@ def make(source: Path, target: Path, facts: Facts) -> None:
     """Write an embedder's three files to `target`. Raises `SpecError` when the graph does not do what torch does."""
     import shutil
 
-    model, width = _load(source, facts)
+    model, width = load(source, facts)
     facts = Facts(**{**facts.told(), "inputs": facts.inputs, "dimensions": width})
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source / TOKENIZER, target / TOKENIZER)
@@ -61,7 +61,7 @@ def make(source: Path, target: Path, facts: Facts) -> None:
     _compare(model, Embedder.open(target))
 
 
-def _load(source: Path, facts: Facts) -> tuple[Any, int]:
+def load(source: Path, facts: Facts) -> tuple[Any, int]:
     """Return the torch module, token ids and mask in, vectors out; and how long a vector is."""
     import torch
     from transformers import AutoModel

