@@ -117,7 +117,7 @@ def fetch(store: Store, digest: str, target: Path) -> Path:
         raise UserError(f"{store.uri}/{path_of(digest)}: not a bundle ({e})") from None
     # No cache: an archive's files all have the same time. No more names than the digest covers: a forged
     # `__pycache__` would be imported instead of the source beside it.
-    packed = [str(f.relative_to(target)) for f in _files(target)]
+    packed = [str(f.relative_to(target)) for f in _files(target, (".",))]
     found = _pack(target, packed).digest
     if found != digest or names != sorted(packed):
         raise UserError(
