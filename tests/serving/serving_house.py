@@ -230,7 +230,7 @@ class PlantedOpener:
         self.opened.append(Planted(passages, self))
         return self.opened[-1]
 
-    def abstainer(self, store: Store, evaluation: str | None) -> Unsure | None:
+    def abstainer(self, store: Store, evaluation: str | None, scratch: Path) -> Unsure | None:
         return None if evaluation is None else Unsure(float(evaluation))
 
 

@@ -54,7 +54,10 @@ def test_an_answer_has_sources_highlights_and_its_generation(house: House) -> No
 def test_top_k_and_filters_reach_the_search(house: House) -> None:
     house.ask(QUESTION, top_k=1, filters={"uri": ["guides/camera.md", "x"], "source": ["guides"]})
     question, groups, top_k, filters = house.opener.asked[-1]
-    assert (question, groups, top_k) == (QUESTION, {"everyone"}, 1)
+    assert (question, groups, top_k) == (QUESTION, {"everyone"}, 6)  # abstention judges as many as usual
+    assert len(house.ask("the camera and the dome", top_k=1)["sources"]) == 1
+    house.ask(QUESTION, top_k=50, filters={"uri": ["guides/camera.md", "x"], "source": ["guides"]})
+    assert house.opener.asked[-1][2] == 50
     assert filters == {"uri": ["guides/camera.md", "x"], "source": ["guides"]}
     house.ask(QUESTION)
     assert house.opener.asked[-1][2:] == (6, None)

@@ -225,9 +225,13 @@ class Answering:
 
     def _search(self, serving: Serving, query: Query, caller: Caller, trace: Trace) -> _Searched:
         knowledge, question = serving.knowledge, query.question
-        top_k = query.top_k or self.spec.retrieval.top_k
-        found = knowledge.find(question, caller.groups, top_k, query.filters, trace.stages)
-        abstains = not found or (serving.abstainer is not None and serving.abstainer.abstains(question, found))
+        usual = self.spec.retrieval.top_k
+        top_k = query.top_k or usual
+        found = knowledge.find(question, caller.groups, max(top_k, usual), query.filters, trace.stages)
+        # Judged on as many as the questions were that it was fitted on, however few are wanted.
+        abstainer = serving.abstainer
+        abstains = not found or (abstainer is not None and abstainer.abstains(question, found[:usual]))
+        found = found[:top_k]
         quoted, prompt, shown = None, list[Message](), 0
         if not abstains and self.model is None:
             quoted = _extract(knowledge, question, found, trace)

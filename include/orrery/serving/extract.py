@@ -9,8 +9,11 @@ from dataclasses import dataclass
 
 from orrery.serving.texts import Span, Terms, one_line, sentences
 
-PASSAGES, COMPARED, QUOTED = 3, 6, 2
+PASSAGES, COMPARED, QUOTED = 3, 3, 2
 SHORTEST, LONGEST = 20, 400
+# A comparison costs about 0.2 ms a token, so that only sentences about as good by their words are compared, by as much
+# of them as the question itself has.
+ABOUT, READ = 0.6, 120
 # How far the second sentence may lie below the first, as cosine.
 CLOSE = 0.1
 
@@ -36,12 +39,12 @@ class _Sentence:
 def extract(texts: Sequence[str], wanted: frozenset[str], terms: Terms, alike: Alike) -> Extract:
     """Return the best one or two sentences of the first passages (cleaned `texts`, best first), cited.
 
-    Few are compared by vector, since each costs a network's run: those that share most of the question's terms.
+    They are told apart by the question's terms, the rare ones counting more; where that leaves several, by vector.
     """
     nearest = _nearest(texts[:PASSAGES], wanted, terms)
     if not nearest:
         return Extract("", {})
-    scores = alike([s.text for s in nearest])
+    scores = alike([s.text[:READ] for s in nearest]) if len(nearest) > 1 else [1.0]
     ranked = sorted(zip(scores, nearest, strict=True), key=lambda x: (-x[0], x[1].passage, x[1].span))
     chosen = [ranked[0][1]]
     for score, sentence in ranked[1:]:
@@ -64,7 +67,8 @@ def _nearest(texts: Sequence[str], wanted: frozenset[str], terms: Terms) -> list
     seen = Counter(term for *_, shared in found for term in shared)
     rarity = {term: math.log(1 + len(found) / n) for term, n in seen.items()}
     made = [_Sentence(i, span, text, sum(rarity[t] for t in shared)) for i, span, text, shared in found]
-    return sorted(made, key=lambda s: (-s.lexical, s.passage, s.span))[:COMPARED]
+    best = sorted(made, key=lambda s: (-s.lexical, s.passage, s.span))[:COMPARED]
+    return [s for s in best if s.lexical >= ABOUT * best[0].lexical]
 
 
 def _shown(text: str) -> str:

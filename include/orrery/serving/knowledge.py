@@ -54,6 +54,22 @@ class Found(Protocol):
     def source(self) -> str:
         """The source's name in the spec."""
 
+    @property
+    def cosine(self) -> float:
+        """Of question and passage."""
+
+    @property
+    def bm25(self) -> float:
+        """0 when it is no candidate of the sparse list."""
+
+    @property
+    def rank_dense(self) -> int | None:
+        """From 1."""
+
+    @property
+    def rank_sparse(self) -> int | None:
+        """From 1."""
+
 
 class Knowledge(Protocol):
     """An open generation. All calls block; several threads may call at once."""
@@ -108,5 +124,5 @@ class Opener(Protocol):
     def open(self, store: Store, manifest: str, digest: str, scratch: Path) -> Knowledge:
         """Open a generation; its files go below `scratch`. Raises `OrreryError` when it is not whole."""
 
-    def abstainer(self, store: Store, evaluation: str | None) -> Abstainer | None:
+    def abstainer(self, store: Store, evaluation: str | None, scratch: Path) -> Abstainer | None:
         """Return when to abstain by an evaluation; None when nothing is known of it."""

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -171,9 +172,10 @@ class Live:
         now = self.current
         same = now is not None and (now.pointer.generation, now.pointer.digest) == (pointer.generation, pointer.digest)
         if same and now is not None:
-            abstainer = await self._off_loop(lambda: self._opener.abstainer(self.store, pointer.evaluation))
-            now.opened.hold()
             opened = now.opened
+            work = partial(self._opener.abstainer, self.store, pointer.evaluation, opened.folder)
+            abstainer = await self._off_loop(work)
+            opened.hold()
         else:
             opened, abstainer = await self._open(pointer)
         serving = Serving(pointer, opened, abstainer)
@@ -190,7 +192,7 @@ class Live:
         folder = Path(tempfile.mkdtemp(prefix="generation-", dir=self._scratch))
 
         def work() -> tuple[Knowledge, Abstainer | None]:
-            abstainer = self._opener.abstainer(self.store, pointer.evaluation)
+            abstainer = self._opener.abstainer(self.store, pointer.evaluation, folder)
             knowledge = self._opener.open(self.store, pointer.generation, pointer.digest, folder)
             try:
                 knowledge.probe()

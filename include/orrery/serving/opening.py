@@ -8,23 +8,22 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 
 from orrery.errors import UserError
+from orrery.rag.abstention import CALIBRATION, Calibration, open_calibration
 from orrery.rag.embedding.session import FOLDER
 from orrery.rag.embedding.sparse import terms
 from orrery.rag.engines import Hit, Search
 from orrery.rag.generations import Generation, Question, open_generation, verified
+from orrery.rag.rerank import open_reranker
 from orrery.rag.retrieval import Found as Hits
 from orrery.rag.retrieval import Reranker, conditions, retrieve
 from orrery.rag.spec import EVERYONE, KnowledgeBaseSpec
 from orrery.serving.knowledge import Abstainer, Found, Knowledge, Stages
 from orrery.store import Ref, Store
-
-if TYPE_CHECKING:
-    from orrery.rag.abstention import Calibration
 
 PROBE = "What is described here?"
 REMEMBERED = 64
@@ -172,9 +171,7 @@ class RagAbstainer:
 
     def abstains(self, question: str, found: Sequence[Found]) -> bool:
         """Tell whether no answer should be tried."""
-        from orrery.rag.abstention import signals
-
-        told = signals(question, found)
+        told = self._calibration.signals(question, found)
         if self._below is not None:
             return float(self._calibration.score(told)) < self._below
         return bool(self._calibration.abstains(told))
@@ -198,21 +195,23 @@ class RagOpener:
             held = generation.engine.count()
             if held != generation.facts.count:
                 raise UserError(f"{manifest}: {held:,} passages instead of {generation.facts.count:,}")
+            reranker = self._reranker(scratch / "reranker")
         except BaseException:
             generation.close()
             raise
-        return RagKnowledge(generation, self._spec)
+        return RagKnowledge(generation, self._spec, reranker)
 
-    def abstainer(self, store: Store, evaluation: str | None) -> Abstainer | None:
-        """Return when to abstain; None when no evaluation vouches for it."""
+    def _reranker(self, scratch: Path) -> Reranker | None:
+        uri = self._spec.retrieval.reranker
+        return None if uri is None else open_reranker(uri, scratch, self._threads)
+
+    def abstainer(self, store: Store, evaluation: str | None, scratch: Path) -> Abstainer | None:
+        """Return when to abstain; None when no evaluation vouches for it. Raises `UserError` when it is damaged."""
         if evaluation is None:
             return None
-        from orrery.rag.abstention import Calibration
-
         manifest = store.manifest(evaluation)
         if manifest is None:
             raise UserError(f"{store.uri}/{evaluation}: the evaluation is gone", hint="evaluate, and promote again")
-        data = verified(store, manifest, "calibration.json")
-        if data.strip() == b"null":
-            return None
-        return RagAbstainer(Calibration.from_json(data.decode()), self._spec.answers.abstain)
+        verified(store, manifest, CALIBRATION)
+        calibration = open_calibration(store, manifest, scratch)
+        return None if calibration is None else RagAbstainer(calibration, self._spec.answers.abstain)
