@@ -1,16 +1,18 @@
-"""Chromium without a window, driven by its own protocol (CDP) over a websocket: no driver has to be installed."""
+"""Chromium without a window, driven by its own protocol (CDP) over a pipe: no driver or library has to be installed."""
 
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,23 +27,53 @@ def program() -> str | None:
     return os.environ.get("ORRERY_CHROMIUM") or next((found for n in NAMES if (found := shutil.which(n))), None)
 
 
+class Pipe:
+    """Chromium's end of the protocol: JSON with a zero byte behind it, in by one pipe, out by another."""
+
+    def __init__(self, write: int, read: int) -> None:
+        self._write, self._read, self._come = write, read, b""
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send one message."""
+        data = json.dumps(message).encode() + b"\0"
+        while data:
+            data = data[os.write(self._write, data) :]
+
+    def receive(self, seconds: float) -> dict[str, Any]:
+        """Return the next message. Raises `TimeoutError`; `EOFError` when Chromium has ended."""
+        end = time.monotonic() + seconds
+        while b"\0" not in self._come:
+            if not select.select([self._read], [], [], max(0.0, end - time.monotonic()))[0]:
+                raise TimeoutError("Chromium does not answer")
+            piece = os.read(self._read, 1 << 20)
+            if not piece:
+                raise EOFError("Chromium has ended")
+            self._come += piece
+        line, _, self._come = self._come.partition(b"\0")
+        return dict(json.loads(line))
+
+
 class Page:
     """One tab. Everything it says on its console and every error in it is kept in `said`."""
 
-    def __init__(self, socket: Any) -> None:
-        self._socket = socket
+    def __init__(self, pipe: Pipe) -> None:
+        self._pipe = pipe
         self._number = 0
+        self._session: dict[str, str] = {}
         self.said: list[str] = []
+        tab = self.call("Target.createTarget", url="about:blank")["targetId"]
+        attached = self.call("Target.attachToTarget", targetId=tab, flatten=True)
+        self._session = {"sessionId": attached["sessionId"]}
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
-    def call(self, method: str, session: str | None = None, **params: Any) -> dict[str, Any]:
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
         """Send one command and return its answer; what comes in between is looked at."""
         self._number += 1
         mine = self._number
-        self._socket.send(json.dumps({"id": mine, "method": method, "params": params}))
+        self._pipe.send({"id": mine, "method": method, "params": params, **self._session})
         while True:
-            message = json.loads(self._socket.recv(timeout=WAIT_S))
+            message = self._pipe.receive(WAIT_S)
             if message.get("id") == mine:
                 if "error" in message:
                     raise AssertionError(f"{method}: {message['error']}")
@@ -119,21 +151,29 @@ class Page:
 @contextmanager
 def chromium() -> Iterator[Page]:
     """Run Chromium with a profile of its own and yield its tab; all its processes are ended."""
-    from websockets.sync.client import connect
-
     binary = program()
     assert binary is not None
     profile = Path(tempfile.mkdtemp(prefix="orrery-chromium-"))
     argv = [
         binary, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
         "--hide-scrollbars", "--disable-extensions", "--disable-background-networking", "--no-proxy-server",
-        "--remote-debugging-port=0", "--remote-allow-origins=*", f"--user-data-dir={profile}", "about:blank",
+        "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank",
     ]  # fmt: skip
+    # It reads descriptor 3 and writes 4, which this process has for something else: a small one puts ours there.
+    (theirs_in, ours_out), (ours_in, theirs_out) = os.pipe(), os.pipe()
+    given = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (theirs_in, theirs_out)]
+    become = f"import os, sys; os.dup2({given[0]}, 3); os.dup2({given[1]}, 4); os.execv(sys.argv[1], sys.argv[1:])"
+    argv = [sys.executable, "-I", "-S", "-c", become, *argv]
     with (profile / "log").open("wb") as log:
-        process = subprocess.Popen(argv, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(argv, stdout=log, stderr=log, start_new_session=True, pass_fds=given)
+    for fd in (theirs_in, theirs_out, *given):
+        os.close(fd)
     try:
-        with connect(_address(profile, process), max_size=None, proxy=None, compression=None) as socket:
-            yield Page(socket)
+        try:
+            page = Page(Pipe(ours_out, ours_in))
+        except (OSError, EOFError) as e:
+            raise AssertionError(f"{e}: {(profile / 'log').read_text()[-2000:]}") from None
+        yield page
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         try:
@@ -141,20 +181,6 @@ def chromium() -> Iterator[Page]:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        os.close(ours_out)
+        os.close(ours_in)
         shutil.rmtree(profile, ignore_errors=True)
-
-
-def _address(profile: Path, process: subprocess.Popen[bytes]) -> str:
-    end = time.monotonic() + 60
-    while True:
-        try:
-            port = (profile / "DevToolsActivePort").read_text().split()[0]
-            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-            with opener.open(f"http://127.0.0.1:{port}/json/list", timeout=5) as answer:
-                tabs = [t for t in json.load(answer) if t["type"] == "page"]
-            if tabs:
-                return str(tabs[0]["webSocketDebuggerUrl"])
-        except (OSError, IndexError, ValueError):
-            pass
-        assert process.poll() is None and time.monotonic() < end, (profile / "log").read_text()[-2000:]
-        time.sleep(0.2)
