@@ -144,7 +144,7 @@ def ask(page: Page, question: str) -> None:
 
 
 def answered(page: Page) -> None:
-    page.wait("!document.getElementById('feedback').hidden", "the whole answer")
+    page.wait("document.getElementById('feedback').classList.contains('ready')", "the whole answer")
 
 
 def text(page: Page, selector: str) -> str:
@@ -159,19 +159,21 @@ def visible(page: Page, selector: str) -> bool:
     return bool(page.js(f"document.querySelector({json.dumps(selector)}).getClientRects().length"))
 
 
-def test_a_question_is_answered_as_it_is_written_with_sources(page: Page, open_service: Written) -> None:
+@pytest.mark.parametrize("width", [360, 1280])
+def test_a_question_is_answered_as_it_is_written_with_sources(page: Page, open_service: Written, width: int) -> None:
     open_service.model.between = 0.15
+    page.look(width, dark=False)
     page.call("Page.addScriptToEvaluateOnNewDocument", source=SHIFTS)
     start(page, open_service.house.url)
     page.js("""(window.seen = [], new MutationObserver(() => seen.push(
         [document.getElementById('answer').textContent, document.getElementById('answer').getAttribute('aria-busy')])
       ).observe(document.getElementById('answer'), {childList: true, characterData: true, subtree: true}))""")
-    assert text(page, "h1") == "notes"
+    page.wait("document.querySelector('h1').innerText === 'notes'")
     assert text(page, "#about") == "How the observatory is run."
     ask(page, QUESTION)
     page.wait("document.getElementById('answer').textContent.includes('closes')", "the first words")
     assert visible(page, "#stop") and not visible(page, "#go")
-    shoot(page, "writing-1280-light")
+    shoot(page, f"writing-{width}-light")
     answered(page)
     seen = [s for s, busy in page.js("seen") if busy == "true" and s]
     assert len({s for s in seen if "It closes above 60 km/h [1].".startswith(s)}) >= 3  # piece by piece
@@ -400,7 +402,6 @@ def test_thumbs_are_sent_at_once_and_a_comment_after(page: Page, open_service: W
     noted = [json.loads(p.read_text()) for p in sorted((house.folder / "store").glob("notes/feedback/*/*.jsonl"))]
     assert [(n["thumb"], n["comment"]) for n in noted] == [("down", ""), ("down", "It opens at 40, too <b>")]
     ask(page, QUESTION)
-    page.wait("document.getElementById('feedback').hidden", "another answer")
     answered(page)
     assert not visible(page, "#comment-form")
     assert page.js("[...document.querySelectorAll('.thumb')].map(e => e.getAttribute('aria-pressed'))") == [

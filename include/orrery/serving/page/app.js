@@ -78,7 +78,7 @@ function clear() {
   cameFrom = null;
   $("problem").hidden = true;
   $("notice").hidden = true;
-  $("feedback").hidden = true;
+  $("feedback").classList.remove("ready");
   $("found").hidden = true;
   for (const id of ["answer", "print", "sources"]) $(id).replaceChildren();
 }
@@ -159,7 +159,7 @@ function showAnswer(data) {
   $("thumb-state").textContent = "";
   $("comment-form").hidden = true;
   $("comment").value = "";
-  $("feedback").hidden = false;
+  $("feedback").classList.add("ready");
 }
 
 async function whole(id) {
