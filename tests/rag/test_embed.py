@@ -21,7 +21,20 @@ from orrery.rag.records import Section
 from orrery.rag.vectors import Cache, key_of
 from orrery.store import Store
 
-WORDS = "gate champion ledger store manifest lease fingerprint partition window drift feature label".split()
+WORDS = [
+    "gate",
+    "champion",
+    "ledger",
+    "store",
+    "manifest",
+    "lease",
+    "fingerprint",
+    "partition",
+    "window",
+    "drift",
+    "feature",
+    "label",
+]
 NEXT = "2026-01-06"
 
 
