@@ -200,7 +200,9 @@ def start(folder: Path) -> tuple[subprocess.Popen[str], str, str]:
     env |= {"ORRERY_HOME": str(ROOT), "ORRERY_SERVE_TOKENS": str(folder / "tokens.yaml")}
     (folder / "tokens.yaml").unlink(missing_ok=True)
     argv = [sys.executable, "-m", "orrery.serving"]
-    token = subprocess.run([*argv, "token", "bench"], env=env, capture_output=True, text=True, check=True).stdout.strip()
+    token = subprocess.run(
+        [*argv, "token", "bench"], env=env, capture_output=True, text=True, check=True
+    ).stdout.strip()
     log = (folder / "log").open("w+")
     process = subprocess.Popen([*argv, PROJECT, "--port", "0"], env=env, stdout=log, stderr=log, text=True)
     end = time.monotonic() + START_S
@@ -239,7 +241,9 @@ def measure(folder: Path) -> list[dict[str, object]]:
     total = sum(heavy.ends.values())
     p50, p99 = min(r.percentile(0.5) for r in rounds), min(r.percentile(0.99) for r in rounds)
     errors = sum(n for end, n in ends.items() if end not in ("200", "503"))
-    print(f"rounds p50/p99: {[(round(r.percentile(0.5), 1), round(r.percentile(0.99), 1)) for r in rounds]}; overload {dict(heavy.ends)}")
+    print(
+        f"rounds p50/p99: {[(round(r.percentile(0.5), 1), round(r.percentile(0.99), 1)) for r in rounds]}; overload {dict(heavy.ends)}"
+    )
     return [
         row("serve_p50", p50, "ms", f"at most {GOOD_P50_MS:g} at {RATE:g}/s", GOOD_P50_MS / p50),
         row("serve_p99", p99, "ms", f"at most {GOOD_P99_MS:g} at {RATE:g}/s", GOOD_P99_MS / p99),

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from serving_house import QUICK, House, serving, wait_for
+from serving_house import QUICK, House, Passage, serving, wait_for
 
 QUESTION = "When does the dome close in the wind?"
 
@@ -198,3 +198,21 @@ def test_what_must_be_put_right_first_is_said_in_a_line_and_not_as_a_traceback(t
     (project / "spec.yaml").write_text(json.dumps({**spec, "llm": "laptop"}))
     done = command(tmp_path, "notes", **env)
     assert (done.returncode, "platform.yaml" in done.stderr) == (64, True)
+
+
+def test_who_never_reads_an_answer_holds_nothing_for_long() -> None:
+    long = [
+        Passage("The dome and the wind. " + "word " * 200, uri=f"guides/{i}.md", title="x" * 20_000) for i in range(50)
+    ]
+    settings = replace(QUICK, request_timeout=0.5)
+    with serving(settings=settings, passages=long, spec={"answers": {"timeout": 0.5}}) as house:
+        body = json.dumps({"question": QUESTION, "top_k": 50, "stream": True})
+        token = house.headers()["authorization"]
+        head = f"POST /query HTTP/1.1\r\nhost: x\r\nauthorization: {token}\r\ncontent-type: application/json\r\n"
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.connect(("127.0.0.1", int(house.url.rsplit(":", 1)[1])))
+            sock.sendall(f"{head}content-length: {len(body)}\r\n\r\n{body}".encode())
+            wait_for(lambda: house.metric("orrery_serve_in_flight") == 1)
+            wait_for(lambda: house.metric("orrery_serve_in_flight") == 0)
+        assert house.service.live.current.opened.holders == 1  # type: ignore[union-attr]

@@ -24,7 +24,7 @@ def _serve(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m orrery.serving", description="Answer questions, with sources.")
     parser.add_argument("project")
     parser.add_argument("--host", default="127.0.0.1", help="other than loopback it needs tokens")
-    parser.add_argument("--port", type=int, default=8080, help="0: a free one, which the log tells")
+    parser.add_argument("--port", type=int, default=8070, help="0: a free one, which the log tells")
     parser.add_argument("--tokens", type=Path, default=_file(), help=f"file of tokens ({VARIABLE})")
     args = parser.parse_args(argv)
     return main(args.project, args.host, args.port, args.tokens)

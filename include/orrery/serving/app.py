@@ -168,6 +168,7 @@ def build(service: Service) -> Edge:
         metrics=service.metrics,
         hosts=LOOPBACK if service.tokens is None else None,
         requests=service.settings.requests,
+        seconds=service.settings.request_timeout + service.answering.limit,
         stopping=lambda: service.stopping,
     )
 

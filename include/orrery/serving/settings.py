@@ -24,6 +24,8 @@ class Settings:
     generations: int = 8
     generation_queue: int = 16
     requests: int = 256
+    # Beside the model's time: search, and a client that reads slowly.
+    request_timeout: float = 60.0
     connections: int = 1024
     header_bytes: int = 16 * 1024
     header_timeout: float = 10.0

@@ -63,10 +63,11 @@ class Edge:
         metrics: Metrics,
         hosts: frozenset[str] | None,
         requests: int,
+        seconds: float,
         stopping: Callable[[], bool],
     ) -> None:
         self._app, self._metrics, self._hosts, self._stopping = app, metrics, hosts, stopping
-        self._most, self.requests = requests, 0
+        self._most, self._seconds, self.requests = requests, seconds, 0
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -77,17 +78,18 @@ class Edge:
         scope.setdefault("state", {})["trace"] = trace
         response = _Out(send, trace)
         self.requests += 1
+        # Parts have their own, shorter times; this one is for who reads an answer slowly, or never.
+        limit = asyncio.timeout(self._seconds)
         try:
-            if (refusal := self._refusal(scope)) is not None:
-                await refusal(scope, receive, response)
-            else:
-                await self._app(scope, receive, response)
+            async with limit:
+                await (self._refusal(scope) or self._app)(scope, receive, response)
         except asyncio.CancelledError:
             trace.outcome = "cancelled"
             raise
         except Exception as e:
             trace.outcome = "failed"
-            _log_bug(trace, e)
+            if not limit.expired():
+                _log_bug(trace, e)
             if response.status is None:
                 await error(500, "an error of the service; it is in its log", trace)(scope, receive, response)
         finally:

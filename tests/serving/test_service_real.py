@@ -1,0 +1,115 @@
+"""The service on real generations: collected, cut, embedded and indexed by the steps; only the embedder is a tiny one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving_house import PROJECT, QUICK, SPEC, House, serving, wait_for
+
+from orrery.rag.spec import KnowledgeBaseSpec
+from orrery.serving.opening import RagOpener
+
+ROOT = Path(__file__).resolve().parents[2]
+RAG = Path(os.environ.get("ORRERY_VENVS", ROOT / ".venvs")) / "rag" / "bin" / "python"
+pytestmark = pytest.mark.skipif(
+    not RAG.exists(), reason="the environment rag, which makes the generations, is not there"
+)
+WIND = "When does the dome close in the wind?"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("reindexed")
+    argv = [str(RAG), str(Path(__file__).with_name("reindexed.py")), str(folder)]
+    env = {k: v for k, v in os.environ.items() if not k.startswith("ORRERY_")}
+    done = subprocess.run(argv, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return told
+
+
+@pytest.fixture
+def house(made: dict[str, Any], tmp_path: Path) -> Iterator[House]:
+    shutil.copytree(made["store"].removeprefix("file://"), tmp_path / "store")
+    opener = RagOpener(KnowledgeBaseSpec.model_validate(SPEC), None, 1)
+    with serving(tmp_path, passages=None, opener=opener, settings=QUICK) as house:
+        point(house, made, 0)
+        house.wait_live()
+        yield house
+
+
+def point(house: House, made: dict[str, Any], number: int) -> str:
+    generation = made["generations"][number]
+    house.point(generation["manifest"], generation["digest"])
+    return str(generation["manifest"].split("/")[2])
+
+
+def test_a_real_generation_answers_with_the_passage_and_switches(house: House, made: dict[str, Any]) -> None:
+    first = house.ask(WIND)
+    assert first["sources"][0]["title"] == "Dome"
+    assert first["answer"] == "The dome closes by itself when the wind is above 60 km/h. [1]"
+    assert {"embed", "retrieve"} <= set(stages(house))
+    whole = house.get(f"/sources/{first['sources'][0]['id']}").json()
+    assert "above 60 km/h" in whole["text"]
+    house.wait_live(point(house, made, 1))
+    second = house.ask(WIND)
+    assert second["answer"] == "The dome closes by itself when the wind is above 55 km/h. [1]"
+    assert second["generation"] != first["generation"]
+    assert house.ask("Is a comet near?")["sources"][0]["title"] == "New"
+    # The old one's files are gone.
+    wait_for(lambda: len([p for p in (house.folder / "scratch").iterdir() if p.name.startswith("generation-")]) == 1)
+    info = house.get("/info").json()
+    assert info["counts"]["passages"] == 5
+    assert info["embedder"].startswith("tiny-")
+
+
+def stages(house: House) -> list[str]:
+    text = house.client.get(f"{house.url}/metrics").text
+    names = ("auth", "queue", "embed", "retrieve", "rerank", "extract", "generate", "total")
+    return [n for n in names if f'orrery_serve_stage_seconds_count{{stage="{n}"}} 0.0' not in text]
+
+
+def test_groups_are_enforced_inside_of_the_index(house: House) -> None:
+    question = "Where is the key of the mirror cell?"
+    mine = house.ask(question, ["team"])["sources"][0]
+    assert mine["uri"].endswith("team/safe.md")
+    assert not any("safe" in s["uri"] for s in house.ask(question, top_k=50)["sources"])
+    assert house.ask(question, filters={"source": ["team"]})["sources"] == []
+    assert house.get(f"/sources/{mine['id']}", ["team"]).status_code == 200
+    for groups in ((), ["other"]):
+        assert house.get(f"/sources/{mine['id']}", groups).status_code == 404
+    assert house.get(f"/sources/{uuid.uuid4()}").status_code == 404
+    assert house.get(f"/sources/{'x' * 36}").status_code == 404
+
+
+def test_filters_reach_the_index(house: House) -> None:
+    uri = house.ask("cooling of the camera")["sources"][0]["uri"]
+    found = house.ask(WIND, filters={"uri": [uri], "source": ["guides"]}, top_k=50)["sources"]
+    assert {s["uri"] for s in found} == {uri}
+
+
+@pytest.mark.parametrize("file", ["shard", "generation.json", "manifest.json", "points of another"])
+def test_a_damaged_index_is_refused_and_the_old_one_answers(house: House, made: dict[str, Any], file: str) -> None:
+    folder = Path(house.store.root) / made["generations"][1]["manifest"].rsplit("/", 1)[0]
+    damaged = next(p for p in folder.rglob("*") if p.is_file() and p.name.startswith(file.split(" ", maxsplit=1)[0]))
+    data = damaged.read_bytes()
+    damaged.write_bytes(data[: len(data) // 2] if file != "points of another" else data)
+    old = house.ask(WIND)["generation"]
+    if file == "points of another":  # all files are whole, but not those that the pointer means
+        house.point(made["generations"][1]["manifest"], made["generations"][0]["digest"])
+    else:
+        point(house, made, 1)
+    wait_for(lambda: house.service.live.refusal is not None)
+    assert house.ask(WIND)["generation"] == old
+    assert house.get("/health/ready").json()["status"] == "degraded"
+    damaged.write_bytes(data)
+    house.wait_live(point(house, made, 1))
+    assert PROJECT == "notes"
