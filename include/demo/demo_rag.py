@@ -113,10 +113,11 @@ class Airflow:
         self.place = place
         (place.root / "plugins").mkdir()
         with self._quiet():
+            from airflow.dag_processing.bundles.manager import DagBundlesManager
             from airflow.utils.db import initdb
 
             initdb()
-        # Where the connection server and its schema come from is of no interest here.
+            DagBundlesManager().sync_bundles_to_db()
         self.told: set[int] = set()
 
     def reindex(self, reason: str) -> dict[str, dict[str, Any]]:
@@ -126,9 +127,10 @@ class Airflow:
         teller.start()
         try:
             with self._quiet():
-                from airflow.dag_processing.dagbag import DagBag
+                from airflow.dag_processing.dagbag import DagBag, sync_bag_to_db
 
                 bag = DagBag(os.environ["AIRFLOW__CORE__DAGS_FOLDER"])
+                sync_bag_to_db(bag, "dags-folder", None)
                 dag = bag.dags[f"{PROJECT}.reindex"]
                 dag.deadline = []  # dag.test() looks for a deadline in the database, where it has not put it
                 state = str(dag.test(run_conf={"reason": reason}).state)
