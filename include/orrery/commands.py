@@ -391,16 +391,18 @@ def housekeeping(
 
 
 @app.command()
-def up() -> None:
+def up(
+    llm: Annotated[bool, typer.Option("--llm", help="A small language model too, for answers without a GPU.")] = False,
+) -> None:
     """Start Airflow and MLflow on loopback."""
     from orrery import servers
 
-    servers.up()
+    servers.up(llm=llm)
 
 
 @app.command()
 def down() -> None:
-    """Stop both, and everything they started."""
+    """Stop them, and everything they started."""
     from orrery import servers
 
     servers.down()

@@ -1,6 +1,7 @@
-"""The two local servers: Airflow (`airflow standalone`, LocalExecutor, SQLite) and MLflow, on loopback only.
+"""The local servers: Airflow (`airflow standalone`, LocalExecutor, SQLite), MLflow and, when it is asked for, a small
+language model (`orrery.llm.server`), on loopback only.
 
-`up` starts what is not running and waits until it is healthy, `down` ends every process of both and
+`up` starts what is not running and waits until it is healthy, `down` ends every process of all and
 `status` says how they are. All state is under `var/` of the home folder:
 
     var/airflow   AIRFLOW_HOME: database, task logs, passwords.json, secrets (folder 0700, files 0600)
@@ -21,7 +22,7 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,13 +42,20 @@ from orrery.uri import masked
 
 __all__ = ["ServerStatus", "airflow_environment", "airflow_login", "down", "status", "statuses", "up"]
 
+# What `up` starts; the language model comes with `up --llm` alone, and is ended and told of wherever it runs.
 SERVERS: tuple[ServerName, ...] = ("airflow", "mlflow")
-TITLES: Mapping[ServerName, str] = {"airflow": "Airflow", "mlflow": "MLflow"}
+LLM: ServerName = "llm"
+TITLES: Mapping[ServerName, str] = {"airflow": "Airflow", "mlflow": "MLflow", "llm": "the language model"}
 # Seconds to become healthy: several times what two busy cores need.
-PATIENCE: Mapping[ServerName, float] = {"airflow": 240.0, "mlflow": 180.0}
+PATIENCE: Mapping[ServerName, float] = {"airflow": 240.0, "mlflow": 180.0, "llm": 120.0}
 # Seconds in which a server that was healthy may become so again.
 RECOVERY_S = 60.0
 COMPONENTS = ("metadatabase", "scheduler", "triggerer", "dag_processor")
+COMMANDS: Mapping[ServerName, Callable[[Path], config.Command]] = {
+    "airflow": config.airflow_command,
+    "mlflow": config.mlflow_command,
+    "llm": config.llm_command,
+}
 State = Literal["stopped", "starting", "unhealthy", "healthy", "elsewhere"]
 
 
@@ -82,17 +90,20 @@ class ServerStatus:
     detail: str = ""
 
 
-def up(home: Path | None = None, *, console: Console | None = None) -> None:
+def up(home: Path | None = None, *, console: Console | None = None, llm: bool = False) -> None:
     """Start the servers that are not running, wait until they are healthy, and load airflow_settings.yaml.
 
-    Raises `UserError` before anything starts when the settings are wrong or a port is taken, and later
-    when a server ends or does not become healthy in time.
+    With `llm` a language model too. Raises `UserError` before anything starts when the settings are wrong, a port is
+    taken or its environment is missing, and later when a server ends or does not become healthy in time.
     """
     processes.require()
     home = _home(home)
     console = console or Console()
     objects = settings.read(home)
     wanted = _wanted(console)
+    if llm:
+        config.llm_command(home)  # an environment that is missing is said before anything starts
+        wanted = [*wanted, LLM]
     with _lock(home):
         records = {name: record for name in wanted if (record := _running(home, name, console))}
         _check_ports([name for name in wanted if name not in records])
@@ -105,7 +116,7 @@ def up(home: Path | None = None, *, console: Console | None = None) -> None:
     with _login(home, records["airflow"]) as api:
         settings.load(objects, api)
     for name in wanted:
-        _say(console, f"✓ {TITLES[name]} at {records[name].url}", style="green")
+        _say(console, f"✓ {TITLES[name]} at {records[name].url}{'/v1' if name == LLM else ''}", style="green")
     _say_login(home, console)
 
 
@@ -114,7 +125,7 @@ def _say_login(home: Path, console: Console) -> None:
 
 
 def down(home: Path | None = None, *, console: Console | None = None) -> None:
-    """End every process of both servers, also those that a killed launcher left; nothing to end is fine."""
+    """End every process of all servers, also those that a killed launcher left; nothing to end is fine."""
     processes.require()
     home = _home(home)
     console = console or Console()
@@ -122,6 +133,8 @@ def down(home: Path | None = None, *, console: Console | None = None) -> None:
         for name in SERVERS:
             count = _end(home, name)
             _say(console, f"{TITLES[name]}: {f'ended {count} processes' if count else 'was not running'}")
+        if count := _end(home, LLM):
+            _say(console, f"{TITLES[LLM]}: ended {count} processes")
 
 
 def status(home: Path | None = None, *, console: Console | None = None) -> bool:
@@ -144,12 +157,17 @@ def statuses(home: Path | None = None) -> list[ServerStatus]:
     processes.require()
     home = _home(home)
     found = []
-    for name in SERVERS:
+    for name in (*SERVERS, LLM):
         record = _read(home, name)
         if record is None or not record.process.alive():
             strays = len(processes.family(config.marker(home, name)))
-            left = f"left behind: {strays} processes; `orrery up` replaces them, `orrery down` ends both servers"
+            left = (
+                f"left behind: {strays} processes; `orrery up{' --llm' if name == LLM else ''}` replaces them, "
+                "`orrery down` ends all servers"
+            )
             detail = left if strays else ""
+            if name == LLM and record is None and not strays:
+                continue  # nobody asked for it
             elsewhere = masked(os.environ["ORRERY_MLFLOW"]) if name == "mlflow" and _mlflow_elsewhere() else None
             found.append(ServerStatus(name, "elsewhere" if elsewhere else "stopped", elsewhere or "", detail=detail))
             continue
@@ -171,7 +189,7 @@ def airflow_login(home: Path | None = None) -> tuple[str, str, str]:
 
 def _start(home: Path, name: ServerName) -> Record:
     """Start one server in a session of its own, and note who it is."""
-    command = config.airflow_command(home) if name == "airflow" else config.mlflow_command(home)
+    command = COMMANDS[name](home)
     log = _log(home, name)
     log.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileNotFoundError):
@@ -232,7 +250,7 @@ def _wait(home: Path, records: Mapping[ServerName, Record], console: Console) ->
 def _problem(name: ServerName, record: Record) -> str | None:
     """Return what keeps a server from being healthy; nothing when it is."""
     try:
-        if name == "mlflow":
+        if name != "airflow":
             answer = httpx.get(f"{record.url}/health", timeout=5, trust_env=False)
             return None if answer.status_code == httpx.codes.OK else f"answers {answer.status_code}"
         answer = httpx.get(f"{record.url}/api/v2/monitor/health", timeout=10, trust_env=False)
@@ -270,10 +288,14 @@ def _fail(home: Path, name: ServerName, what: str, hint: str) -> None:
 
 def _check_ports(names: list[ServerName]) -> None:
     """Raise `UserError` for a port that two servers share or that someone else has."""
-    ports = {name: config.port(name) for name in SERVERS}
-    variables = " and ".join(config.PORTS[name][0] for name in SERVERS)
-    if names and len(set(ports.values())) < len(ports):
-        raise UserError(f"both servers have port {ports['airflow']}", hint=f"set {variables} to two different ports")
+    ports: dict[ServerName, int] = {}
+    for name in dict.fromkeys((*SERVERS, *names)):
+        ports[name] = config.port(name)
+        same = next((other for other in ports if other != name and ports[other] == ports[name]), None)
+        if names and same:
+            variables = f"{config.PORTS[same][0]} and {config.PORTS[name][0]}"
+            who = "both servers" if LLM not in (same, name) else f"{TITLES[same]} and {TITLES[name]} both"
+            raise UserError(f"{who} have port {ports[name]}", hint=f"set {variables} to two different ports")
     for name in names:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,8 +1,9 @@
-"""How the two local servers are configured: ports, folders, secrets, and the environment of each."""
+"""How the local servers are configured: ports, folders, secrets, and the environment of each."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import secrets
@@ -18,12 +19,13 @@ from orrery.databases import with_driver
 from orrery.errors import UserError
 from orrery.servers.processes import MARKER
 
-ServerName = Literal["airflow", "mlflow"]
+ServerName = Literal["airflow", "mlflow", "llm"]
 HOST = "127.0.0.1"
 ADMIN = "admin"
 PORTS: dict[ServerName, tuple[str, int]] = {
     "airflow": ("ORRERY_AIRFLOW_PORT", 8080),
     "mlflow": ("ORRERY_MLFLOW_PORT", 5500),
+    "llm": ("ORRERY_LLM_PORT", 8090),
 }
 
 
@@ -214,9 +216,26 @@ def mlflow_command(home: Path) -> Command:
     return Command(argv, environment)
 
 
+def llm_command(home: Path) -> Command:
+    """Return how the language model is started. Raises `UserError` when its environment was not made."""
+    home = home.resolve()
+    python = program(home, "llm", "python")
+    if python.parent.parent.name != "llm" and importlib.util.find_spec("xllamacpp") is None:  # another one's Python
+        raise UserError(
+            f"the language model's environment is not made: there is no {venvs(home) / 'llm'}",
+            hint="make environments, or just this one: python3.11 docker/venv.py llm",
+        )
+    return Command((str(python), "-m", "orrery.llm.server", "--port", str(port("llm"))), _environment(home, "llm"))
+
+
+def venvs(home: Path) -> Path:
+    """Return the folder of the virtual environments."""
+    return Path(os.environ.get("ORRERY_VENVS") or home / ".venvs")
+
+
 def program(home: Path, environment: str, name: str) -> Path:
     """Return a program of one environment: its virtual environment, the running one, or PATH (in an image)."""
-    folder = Path(os.environ.get("ORRERY_VENVS") or home / ".venvs")
+    folder = venvs(home)
     for file in (folder / environment / "bin" / name, Path(sys.executable).parent / name, shutil.which(name)):
         if file is not None and os.access(file, os.X_OK):
             return Path(file).absolute()
