@@ -23,7 +23,10 @@ def pack(folder: Path, target: Path) -> None:
 
     GNU's format 1.0 for such files, which `tarfile` reads but does not write: a map of (offset, size) before the data.
     """
-    with trouble(str(target)), tarfile.open(target, mode="w", format=tarfile.PAX_FORMAT) as tar:
+    with (
+        trouble(str(target)),
+        tarfile.open(target, mode="w", format=tarfile.PAX_FORMAT, copybufsize=CHUNK) as tar,
+    ):
         for file in sorted(folder.rglob("*")):
             name = f"{FOLDER}/{file.relative_to(folder).as_posix()}"
             if file.is_dir():
