@@ -131,7 +131,9 @@ class Fetcher:
         except (httpcore.TimeoutException, _Late):
             raise FetchError(f"it did not come within {self.seconds:g} s", away=True) from None
         except (httpcore.NetworkError, httpcore.ProtocolError, OSError) as e:
-            raise FetchError(f"its server cannot be spoken to: {str(e)[:200] or type(e).__name__}", away=True) from None
+            distrusted = "CERTIFICATE_VERIFY_FAILED" in str(e)
+            told = f"its server cannot be spoken to: {str(e)[:200] or type(e).__name__}"
+            raise FetchError(told, away=not distrusted) from None
 
     def _answer(self, url: httpx.URL, response: httpcore.Response) -> Page | httpx.URL:
         told = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}

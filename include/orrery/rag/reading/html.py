@@ -66,6 +66,8 @@ def _parsed(text: str) -> Any:
     except etree.XMLSyntaxError as e:
         if "empty" in str(e).lower():
             return None
+        if "unknown error" in str(e):  # as libxml2 tells that there is no memory left
+            raise MemoryError from None
         raise Unreadable(f"it is no HTML: {str(e)[:200]}") from None
     if any(entry.type_name == "ERR_RESOURCE_LIMIT" for entry in parser.error_log):
         raise Unreadable("its elements are nested too deeply to be read whole")

@@ -6,9 +6,10 @@ import re
 from typing import Any
 
 from orrery.rag.reading import html
-from orrery.rag.reading.outline import LONGEST_TITLE, Bounds, Reading, line
+from orrery.rag.reading.outline import LONGEST_TITLE, Bounds, Reading, Unreadable, line
 from orrery.rag.reading.plain import decode
 
+DEEPEST = 100
 _FRONT = re.compile(r"\A\s*---[ \t]*\n(.{0,65536}?)\n(?:---|\.\.\.)[ \t]*(?:\n|\Z)", re.DOTALL)
 
 
@@ -19,8 +20,13 @@ def read(data: bytes, charset: str | None, bounds: Bounds) -> Reading:
     text, notes = decode(data, charset)
     text = text.lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     front, text = front_matter(text)
-    parser = MarkdownIt("commonmark", {"html": True, "maxNesting": 100}).enable(["table", "strikethrough"])
-    title, sections = html.outlined(parser.render(text), bounds, whole=True)
+    parser = MarkdownIt("commonmark", {"html": True, "maxNesting": DEEPEST}).enable(["table", "strikethrough"])
+    env: dict[str, Any] = {}
+    tokens = parser.parse(text, env)
+    # What lies deeper is left out by the parser, with all that follows, and it does not say so.
+    if any(token.level >= DEEPEST - 2 for token in tokens):
+        raise Unreadable("its lists or quotes are nested too deeply to be read whole")
+    title, sections = html.outlined(parser.renderer.render(tokens, parser.options, env), bounds, whole=True)
     return Reading(line(str(front.get("title") or ""), LONGEST_TITLE) or title, sections, notes)
 
 

@@ -31,6 +31,9 @@ def decode(data: bytes, charset: str | None) -> tuple[str, tuple[str, ...]]:
     for mark, name in _BOMS + _BOMS_16:
         if data.startswith(mark):
             return _replacing(data[len(mark) :], name, () if "utf-8" not in name else nul)
+    wide = known(charset)
+    if wide and wide.startswith(("utf-16", "utf-32")):
+        return _replacing(data, wide, ())
     data = data.replace(b"\0", b"")
     try:
         return data.decode("utf-8"), nul
