@@ -25,7 +25,7 @@ def pack(folder: Path, target: Path) -> None:
     """
     with (
         trouble(str(target)),
-        tarfile.open(target, mode="w", format=tarfile.PAX_FORMAT, copybufsize=CHUNK) as tar,
+        tarfile.TarFile(target, "w", format=tarfile.PAX_FORMAT, copybufsize=CHUNK) as tar,
     ):
         for file in sorted(folder.rglob("*")):
             name = f"{FOLDER}/{file.relative_to(folder).as_posix()}"
