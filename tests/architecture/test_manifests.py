@@ -101,13 +101,15 @@ def test_a_workload_is_restricted_bounded_and_probed(workload: dict[str, Any]) -
         assert {"startupProbe", "readinessProbe", "livenessProbe"} <= set(container)
         assert {m["name"] for m in container["volumeMounts"]} <= mounted
         assert "/tmp" in {m["mountPath"] for m in container["volumeMounts"]}
-    assert workload["spec"]["serviceName"] in names("Service")
+    assert workload["spec"].get("serviceName", workload["metadata"]["name"]) in names("Service")
     labels = workload["spec"]["template"]["metadata"]["labels"]
     assert workload["spec"]["selector"]["matchLabels"].items() <= labels.items()
 
 
 def images() -> list[str]:
-    found = [c["image"] for w in of_kind("StatefulSet") for c in w["spec"]["template"]["spec"]["containers"]]
+    found = [
+        c["image"] for w in of_kind("StatefulSet", "Deployment") for c in w["spec"]["template"]["spec"]["containers"]
+    ]
     found += [s["image"] for s in compose()["services"].values()]
     values = helm_values()
     found += [f"{i['repository']}:{i['tag']}" for i in values["images"].values() if isinstance(i, dict)]
@@ -160,10 +162,11 @@ def test_secrets_are_named_and_never_written() -> None:
     page = (FOLDER / "README.md").read_text()
     platform = yaml.safe_load((FOLDER / "platform.yaml").read_text())
     used = {*secrets_used(list(documents())), *secrets_used(helm_values()), platform["kubernetes"]["secret"]}
-    assert used == {"postgres", "mlflow", "qdrant", "airflow-keys", "airflow-auth", "orrery-airflow", "orrery-step"}
+    ours = {"postgres", "mlflow", "qdrant", "vllm", "airflow-keys", "airflow-auth", "orrery-airflow", "orrery-step"}
+    assert used == ours
     for name in used:
         assert f"`{name}`" in page, name
-    for workload in of_kind("StatefulSet"):
+    for workload in of_kind("StatefulSet", "Deployment"):
         for container in workload["spec"]["template"]["spec"]["containers"]:
             for variable in container["env"]:
                 secret = re.search(r"PASSWORD|SECRET|API_KEY|STORE_URI", variable["name"])
@@ -195,7 +198,7 @@ def test_policies_select_labels_that_pods_have() -> None:
 
     served = {
         (d["metadata"]["labels"]["app.kubernetes.io/name"], p["containerPort"])
-        for d in of_kind("StatefulSet")
+        for d in of_kind("StatefulSet", "Deployment")
         for c in d["spec"]["template"]["spec"]["containers"]
         for p in c["ports"]
     }

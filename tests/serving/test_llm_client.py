@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import os
+import re
 import socket
+import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +22,7 @@ from orrery.llm.client import Model, ModelAway, PromptRefused
 from orrery.platform import LanguageModel
 
 ASK = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "What is the secret of the seven seas?"}]
+VENVS = Path(os.environ.get("ORRERY_VENVS") or Path(__file__).resolve().parents[2] / ".venvs")
 KEY = "sk-very-secret-4711"
 
 
@@ -144,6 +149,36 @@ def test_a_reasoning_hosted_model_gets_the_fields_that_it_wants(talker: Talker) 
     asyncio.run(go())
     assert len(talker.heard) == 4, "learned once"
     assert talker.heard[-1]["max_completion_tokens"] == 20 and "temperature" not in talker.heard[-1]
+
+
+@pytest.mark.slow
+def test_the_laptops_own_model_answers() -> None:
+    """No stand-in: llama.cpp with real weights, in its own environment."""
+    python = VENVS / "llm" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("the environment llm is not made: make test-environments")
+    argv = [str(python), "-m", "orrery.llm.server", "--port", "0", "--context", "512"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            found = re.search(r"address=(\S+)", process.stdout.readline())
+            assert found
+            of = Model(LanguageModel(url=found[1], model="smollm2", timeout=120, context=512))
+
+            async def go() -> None:
+                await of.ready(60)
+                whole = await of.complete(ASK, max_tokens=12)
+                assert whole
+                assert "".join([piece async for piece in of.stream(ASK, max_tokens=12)]) == whole
+                with pytest.raises(PromptRefused, match="exceeds the available context size"):
+                    await of.complete([{"role": "user", "content": "seven seas " * 500}], max_tokens=12)
+                with pytest.raises(ModelAway, match=r"within 0\.05 s"):
+                    await of.complete(ASK, max_tokens=400, timeout=0.05)
+                await of.close()
+
+            asyncio.run(go())
+        finally:
+            process.terminate()
 
 
 # servers that are away

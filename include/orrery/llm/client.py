@@ -342,7 +342,7 @@ def _cause(error: BaseException) -> str:
         if isinstance(at, BaseExceptionGroup):
             at = at.exceptions[0]
         if isinstance(at, OSError) and at.strerror:  # asyncio's own words for it hold the address again
-            reason = os.strerror(at.errno) if (at.errno or 0) > 0 else at.strerror
+            reason = os.strerror(at.errno) if at.errno and at.errno > 0 else at.strerror
         elif not reason and str(at) and not isinstance(at, openai.APIError):
             reason = str(at)
         at, seen = at.__cause__ or at.__context__, seen + 1

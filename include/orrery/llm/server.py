@@ -57,7 +57,7 @@ def packaged() -> Weights:
             f"the package {PACKAGE} with the weights is not installed",
             hint="make the environment: python3.11 docker/venv.py llm; or name a file: --model FILE.gguf",
         )
-    licence = importlib.metadata.metadata(PACKAGE).get("License") or "not known"
+    licence = (importlib.metadata.metadata(PACKAGE).get_all("License") or ["not known"])[0]
     return Weights(files[0], NAME, licence)
 
 

@@ -18,7 +18,7 @@ from orrery.platform import Compute, Platform, Toleration, pinned
 from orrery.spec import ComputeName, Frozen, seconds
 from orrery.uri import has_secret
 
-__all__ = ["VllmSpec", "command", "environment", "job", "manifest", "read", "to_yaml"]
+__all__ = ["VllmSpec", "command", "environment", "heading", "job", "manifest", "read", "to_yaml"]
 
 # A name of the hub (org/name), a folder, or a bucket that vLLM's Run:ai streamer reads. Never an option: no `-` first.
 MODEL = r"^(?:[A-Za-z0-9][A-Za-z0-9_.-]*(?:/[A-Za-z0-9_.-]+)?|/[A-Za-z0-9_./-]+|(?:s3|gs|az)://[A-Za-z0-9_./-]+)$"
@@ -311,10 +311,19 @@ def job(
     ]
 
 
+def heading(spec: VllmSpec) -> str:
+    """Return the words above a manifest: where it comes from, and how platform.yaml names it."""
+    return (
+        f"vLLM: {spec.model} as {spec.served_name}. Written by `orrery llm manifest` from its spec: change that.\n"
+        "In platform.yaml, and VLLM_API_KEY in the Secret of the steps and of whatever else asks:\n"
+        f"llms: {{{spec.name}: {{url: {spec.url}, model: {spec.served_name}, key_env: VLLM_API_KEY}}}}"
+    )
+
+
 def to_yaml(documents: list[dict[str, Any]], heading: str = "") -> str:
     """Return documents as one YAML file, with a heading of comment lines."""
     comment = "".join(f"# {line}\n" for line in heading.splitlines())
-    return comment + yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=120)
+    return comment + str(yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=120))
 
 
 class _Dumper(yaml.SafeDumper):
