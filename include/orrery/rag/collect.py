@@ -493,18 +493,16 @@ def refuse(project: str, found: Mapping[str, Collected], *, partial: bool, links
 
     With `partial` only a knowledge base without any document is refused.
     """
-    if not sum(one.counts["documents"] for one in found.values()):
-        raise UserError("no source has a document", hint="look at `sources` in spec.yaml", details={"links": links})
-    if partial:
-        return
     wrong, waits = [], True
-    for name, one in found.items():
+    for name, one in found.items() if not partial else ():
         if one.lost and len(one.lost) > one.allowed * one.known:
             wrong.append(_lost(name, one))
             waits &= len(one.lost) - one.away <= one.allowed * one.known
         elif not one.counts["documents"] and not one.dropped:
             wrong.append(f"source {name} has no documents{_why_none(one)}")
             waits = False
+    if not wrong and not any(one.counts["documents"] for one in found.values()):
+        raise UserError("no source has a document", hint="look at `sources` in spec.yaml", details={"links": links})
     if not wrong:
         return
     error: type[OrreryError] = TryAgain if waits else UserError
@@ -531,6 +529,6 @@ def _lost(name: str, one: Collected) -> str:
 def _why_none(one: Collected) -> str:
     told = [f"{t.uri} ({t.why})" for t in one.told if t.outcome in ("failed", "skipped")]
     if not told:
-        return ""
+        return ": nothing is there that `include` and `exclude` ask for"
     more = f" and {len(told) - TOLD_IN_ERROR:,} more" if len(told) > TOLD_IN_ERROR else ""
     return f": {', '.join(told[:TOLD_IN_ERROR])}{more}"

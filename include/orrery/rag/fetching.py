@@ -88,13 +88,8 @@ class Fetcher:
     ) -> None:
         self.size, self.seconds = size, seconds
         self._backend = _Backend(frozenset(allow), resolver or _resolve, frozenset(ports))
-        self._pool = httpcore.ConnectionPool(
-            ssl_context=tls or httpx.create_ssl_context(trust_env=False),
-            max_connections=16,
-            max_keepalive_connections=8,
-            keepalive_expiry=5.0,
-            network_backend=self._backend,
-        )
+        self._tls, self._lock = tls, threading.Lock()
+        self._pool: httpcore.ConnectionPool | None = None
 
     def __enter__(self) -> Fetcher:
         return self
@@ -106,7 +101,22 @@ class Fetcher:
 
     def close(self) -> None:
         """Close all connections."""
-        self._pool.close()
+        with self._lock:
+            if self._pool is not None:
+                self._pool.close()
+
+    def _connections(self) -> httpcore.ConnectionPool:
+        """Return the pool of connections, made when the first page is asked for: the authorities take a while."""
+        with self._lock:
+            if self._pool is None:
+                self._pool = httpcore.ConnectionPool(
+                    ssl_context=self._tls or httpx.create_ssl_context(trust_env=False),
+                    max_connections=16,
+                    max_keepalive_connections=8,
+                    keepalive_expiry=5.0,
+                    network_backend=self._backend,
+                )
+            return self._pool
 
     def get(self, url: str) -> Page:
         """Return a page. Raises `FetchError`, `TooLarge` and `Refused`."""
@@ -126,7 +136,9 @@ class Fetcher:
         request = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
         timeout = {"connect": self.seconds, "read": self.seconds, "write": self.seconds, "pool": self.seconds}
         try:
-            with self._pool.stream("GET", request, headers=headers, extensions={"timeout": timeout}) as response:
+            with self._connections().stream(
+                "GET", request, headers=headers, extensions={"timeout": timeout}
+            ) as response:
                 return self._answer(url, response)
         except (httpcore.TimeoutException, _Late):
             raise FetchError(f"it did not come within {self.seconds:g} s", away=True) from None

@@ -6,10 +6,8 @@ in processes of their own, which may hang, grow or die without taking the run al
 
 from __future__ import annotations
 
-import importlib.metadata
 from dataclasses import dataclass
 
-from orrery import fingerprint
 from orrery.rag.reading import html, kinds, markdown, pdf, plain
 from orrery.rag.reading.kinds import HTML, MARKDOWN, PDF, TEXT
 from orrery.rag.reading.outline import Bounds, Reading, Unreadable
@@ -40,6 +38,10 @@ def read(source: Source, bounds: Bounds) -> Reading:
 
 def fingerprint_of(bounds: Bounds) -> str:
     """Return a digest of all that a reading depends on but the document: the code, its libraries and the bounds."""
+    import importlib.metadata
+
+    from orrery import fingerprint
+
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     told = {"code": fingerprint.code(__name__), "libraries": versions, "bounds": [bounds.pages, bounds.characters]}
     return fingerprint.digest(told)[:32]

@@ -35,12 +35,20 @@ _SPACE = re.compile(r"[ \t\n\r\f\xa0]+")
 
 def read(data: bytes, charset: str | None, bounds: Bounds) -> Reading:
     """Return a page's sections; of its <main> alone where it has exactly one. Raises `Unreadable`."""
-    from bs4.dammit import EncodingDetector
-
-    told = charset or EncodingDetector.find_declared_encoding(data[:4096], is_html=True)
-    text, notes = decode(data, told)
+    text, notes = decode(data, charset or _declared(data))
     title, sections = outlined(text, bounds)
     return Reading(title, sections, notes)
+
+
+def _declared(data: bytes) -> str | None:
+    """Return the charset that a page declares in its head; none for UTF-8, which shows by itself."""
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        from bs4.dammit import EncodingDetector
+
+        return EncodingDetector.find_declared_encoding(data[:4096], is_html=True) or None
+    return None
 
 
 def outlined(text: str, bounds: Bounds, *, whole: bool = False) -> tuple[str, tuple[Section, ...]]:

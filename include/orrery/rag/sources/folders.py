@@ -57,6 +57,8 @@ def _folder(root: Path, uri: str, prefix: str, wanted: Wanted, size: int) -> Lis
     found = Listing()
     try:
         mode = root.stat().st_mode
+    except FileNotFoundError:
+        raise UserError(f"{uri} is not there, or empty", hint="correct the source's `uri` in spec.yaml") from None
     except OSError as e:
         raise UserError(f"{uri}: {e.strerror}", hint="correct the source's `uri` in spec.yaml") from None
     real = os.path.realpath(root)
