@@ -184,10 +184,6 @@ class Planted:
     def passage(self, id: str, groups: frozenset[str]) -> Passage | None:
         return next((p for p in self._seen(groups) if p.id == id), None)
 
-    def alike(self, question: str, sentences: Sequence[str]) -> list[float]:
-        wanted = set(self.terms(question))
-        return [len(wanted & set(self.terms(s))) / (1 + len(wanted)) for s in sentences]
-
     def terms(self, text: str) -> list[str]:
         return [w for w in WORD.findall(text.lower()) if w not in STOP]
 

@@ -77,20 +77,24 @@ def test_words_of_the_question_are_marked_by_their_terms() -> None:
     assert marked(text, frozenset(), stem) == []
 
 
-def test_an_extract_quotes_the_nearest_sentences_in_the_passages_order() -> None:
+def test_an_extract_quotes_what_says_most_of_the_question_in_the_passages_order() -> None:
     texts = [
         "Nothing of it is here at all. The pump stops at nine.",
         "The pump starts at six in the morning. Other things.",
     ]
-    wanted = frozenset({"pump", "starts", "stops"})
-    alike = lambda some: [len(wanted & set(lower(s))) / 3 for s in some]  # noqa: E731
-    made = extract(texts, wanted, lower, alike)
+    wanted = frozenset({"pump", "starts", "six"})
+    made = extract(texts, wanted, lower)
     assert made.text == "The pump stops at nine. [1] The pump starts at six in the morning. [2]"
     assert {i: [texts[i][a:b] for a, b in s] for i, s in made.quoted.items()} == {
         0: ["The pump stops at nine."],
         1: ["The pump starts at six in the morning."],
     }
-    assert extract([], wanted, lower, alike).text == extract(["..."], wanted, lower, alike).text == ""
-    long = extract([("word " * 500).strip()], wanted, lower, alike)
+    # A second sentence without a word of the question is not quoted, nor one that says the same.
+    assert extract(["The pump stops at nine. The pump stops at nine. It is a fine day."], wanted, lower).text == (
+        "The pump stops at nine. [1]"
+    )
+    assert extract(["It is a fine day today. It is raining now."], wanted, lower).text == "It is a fine day today. [1]"
+    assert extract([], wanted, lower).text == extract(["..."], wanted, lower).text == ""
+    long = extract([("word " * 500).strip()], wanted, lower)
     assert len(long.text) < 410
     assert long.text.endswith("… [1]")

@@ -376,7 +376,7 @@ class Answering:
 def _extract(knowledge: Knowledge, question: str, found: Sequence[Found], trace: Trace) -> Extract:
     began = time.perf_counter()
     texts, wanted = [clean(f.text) for f in found], frozenset(knowledge.terms(question))
-    made = extract(texts, wanted, knowledge.terms, lambda some: knowledge.alike(question, some))
+    made = extract(texts, wanted, knowledge.terms)
     trace.add("extract", time.perf_counter() - began)
     return made
 

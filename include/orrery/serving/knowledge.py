@@ -98,9 +98,6 @@ class Knowledge(Protocol):
     def passage(self, id: str, groups: frozenset[str]) -> Found | None:
         """Return one passage, or None when there is none that these groups may read."""
 
-    def alike(self, question: str, sentences: Sequence[str]) -> Sequence[float]:
-        """Return how much each sentence is like the question: cosines."""
-
     def terms(self, text: str) -> Sequence[str]:
         """Return the terms that retrieval compares."""
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
-
-import numpy as np
 
 from orrery.errors import UserError
 from orrery.rag.abstention import CALIBRATION, Calibration, open_calibration
@@ -26,7 +22,6 @@ from orrery.serving.knowledge import Abstainer, Found, Knowledge, Stages
 from orrery.store import Ref, Store
 
 PROBE = "What is described here?"
-REMEMBERED = 64
 
 
 class RagKnowledge:
@@ -34,9 +29,6 @@ class RagKnowledge:
 
     def __init__(self, generation: Generation, spec: KnowledgeBaseSpec, reranker: Reranker | None = None) -> None:
         self._generation, self._retrieval, self._reranker = generation, spec.retrieval, reranker
-        # Vectors of the last questions: an extractive answer compares sentences with the question once more.
-        self._asked: OrderedDict[str, Question] = OrderedDict()
-        self._lock = threading.Lock()
 
     @property
     def count(self) -> int:
@@ -51,7 +43,6 @@ class RagKnowledge:
     def probe(self) -> None:
         """Answer a question once, for everyone; that nothing is found is fine. Raises when it cannot."""
         self.find(PROBE, frozenset({EVERYONE}), self._retrieval.top_k, None, {})
-        self.alike(PROBE, [PROBE])
 
     def find(
         self,
@@ -62,7 +53,7 @@ class RagKnowledge:
         stages: Stages,
     ) -> Sequence[Found]:
         """Return the best passages that these groups may read, best first."""
-        timed = _Timed(self, stages)
+        timed = _Timed(self._generation, stages)
         reranker = _TimedReranker(self._reranker, stages) if self._reranker else None
         return retrieve(
             cast(Generation, timed),
@@ -86,23 +77,6 @@ class RagKnowledge:
         heading = tuple(payload["heading"])
         return Hits(id, 1.0, heading=heading, cosine=0.0, bm25=0.0, rank_dense=None, rank_sparse=None, **fields)
 
-    def embed(self, question: str) -> Question:
-        """Return what a question is looked up by; the last ones are remembered."""
-        with self._lock:
-            known = self._asked.get(question)
-        if known is None:
-            known = self._generation.embed_query(question)
-            with self._lock:
-                self._asked[question] = known
-                while len(self._asked) > REMEMBERED:
-                    self._asked.popitem(last=False)
-        return known
-
-    def alike(self, question: str, sentences: Sequence[str]) -> Sequence[float]:
-        """Return the cosines of question and sentences."""
-        vectors = self._generation.embedder.embed(list(sentences))
-        return [float(c) for c in np.asarray(vectors) @ np.asarray(self.embed(question).dense)]
-
     def terms(self, text: str) -> Sequence[str]:
         """Return the terms of the sparse vectors."""
         return terms(text, self._generation.sparse.language)
@@ -115,33 +89,28 @@ class RagKnowledge:
         """Give up its files and memory."""
         self._generation.close()
 
-    @property
-    def generation(self) -> Generation:
-        """What is behind it."""
-        return self._generation
-
 
 class _Timed:
     """A generation for one question, which notes what its parts took."""
 
-    def __init__(self, knowledge: RagKnowledge, stages: Stages) -> None:
-        self._knowledge, self._stages = knowledge, stages
+    def __init__(self, generation: Generation, stages: Stages) -> None:
+        self._generation, self._stages = generation, stages
 
     @contextmanager
     def held(self) -> Iterator[_Timed]:
         """Keep it open."""
-        with self._knowledge.generation.held():
+        with self._generation.held():
             yield self
 
     def embed_query(self, text: str) -> Question:
         """Return what a question is looked up by."""
         with _noted(self._stages, "embed"):
-            return self._knowledge.embed(text)
+            return self._generation.embed_query(text)
 
     def search(self, search: Search) -> list[Hit]:
         """Return the best points."""
         with _noted(self._stages, "retrieve"):
-            return list(self._knowledge.generation.search(search))
+            return list(self._generation.search(search))
 
 
 class _TimedReranker:
