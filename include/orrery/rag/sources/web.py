@@ -74,7 +74,8 @@ def _offer(found: Listing, url: str, wanted: Wanted, fetcher: Fetcher) -> None:
         found.leave(fetching.shown(url), e.why)
         return
     path = urlsplit(address).path
-    if wanted(path.lstrip("/") or "index.html"):
+    # A folder's page counts as a file in it, so that patterns mean the same as for files.
+    if wanted((f"{path}index.html" if path.endswith("/") else path).lstrip("/")):
         name = path.strip("/") or urlsplit(address).netloc
         found.entries.append(Entry(address, name, partial(_read, address, fetcher)))
     else:
