@@ -25,7 +25,7 @@ from orrery.rag.engines.edge import EdgeEngine
 from orrery.rag.engines.server import ServerEngine, connect, point_alias, remove
 from orrery.rag.records import Chunk
 
-WORDS = ["store", "lease", "commit", "manifest", "bundle", "fingerprint", "retry", "budget", "trigger", "asset", "partition", "window", "champion", "gate", "promote", "rollback", "drift", "monitor", "alert", "ledger", "vector", "chunk", "embed", "index", "answer", "source", "group", "token", "shard", "query"]
+WORDS = [f"word{i}" for i in range(24)] + ["gate", "champion", "promote", "lease", "vector", "chunk", "team", "budget"]
 GROUPS = (("everyone",), ("team",), ("everyone", "team"), ("board",))
 ANYONE = (Condition("groups", ("board", "everyone", "team")),)
 
