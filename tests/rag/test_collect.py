@@ -18,6 +18,7 @@ from orrery.contract import Result
 from orrery.errors import UserError
 from orrery.rag import reading
 from orrery.rag.collect import document_id
+from orrery.rag.reading.pool import Pool
 
 NEXT = "2026-01-06"
 # Most tests lose documents on purpose.
@@ -136,6 +137,15 @@ def test_what_is_unchanged_is_taken_over_without_reading_it(house: House, monkey
 
     monkeypatch.setattr("orrery.rag.reading.pool.Pool.read", never)
     assert counts(collect(house, NEXT, run="run-2")) == {"documents": 5, "new": 5}  # of the commit that stands
+
+
+def test_one_process_reads_all_sources(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+    begin = Pool._begin
+    monkeypatch.setattr(Pool, "_begin", lambda self: (started.append(1), begin(self))[1])
+    house.document("guides/broken.pdf", b"%PDF-1.7 cut short")
+    assert counts(collect(house)) == {"documents": 5, "new": 5, "failed": 1}
+    assert len(started) == 1
 
 
 def test_another_reader_reads_all_again_and_what_reads_the_same_is_the_same(

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -64,7 +64,10 @@ def run(work: Work, params: CollectParams, fetcher: Fetcher | None = None) -> Re
                 workers=min(READERS_AT_ONCE, os.cpu_count() or 1),
             )
         )
-        collector = _Collector(work, limits, fetcher, pool, before, pile)
+        # One set of threads for all sources: a reader is ended by the kernel with the thread that started it.
+        threads = ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="collect")
+        stack.callback(threads.shutdown, wait=False, cancel_futures=True)
+        collector = _Collector(work, limits, fetcher, pool, threads, before, pile)
         found = {name: collector.source(name, params.sources[name]) for name in sorted(params.sources)}
         found |= before.dropped(set(found))
         return _committed(work, params, found, pile, reader)
@@ -259,8 +262,17 @@ class _Taken:
 class _Collector:
     """Goes through the sources, one after the other; fetches and reads several documents of one at once."""
 
-    def __init__(self, work: Work, limits: Limits, fetcher: Fetcher, pool: Pool, before: Before, pile: Pile) -> None:
-        self.work, self.limits, self.fetcher, self.pool = work, limits, fetcher, pool
+    def __init__(
+        self,
+        work: Work,
+        limits: Limits,
+        fetcher: Fetcher,
+        pool: Pool,
+        threads: ThreadPoolExecutor,
+        before: Before,
+        pile: Pile,
+    ) -> None:
+        self.work, self.limits, self.fetcher, self.pool, self.threads = work, limits, fetcher, pool, threads
         self.before, self.pile = before, pile
 
     def source(self, name: str, origin: OriginRef) -> Collected:
@@ -301,20 +313,16 @@ class _Collector:
     def _all(self, entries: list[Entry], known: Mapping[str, Known]) -> Iterator[tuple[Entry, Future[_Taken]]]:
         """Yield all entries in their order, with what they became; only so many are held at once."""
         ahead = max(1, min(2 * FETCHES_AT_ONCE, WAITING // max(1, self.fetcher.size)))
-        executor = ThreadPoolExecutor(min(FETCHES_AT_ONCE, ahead), thread_name_prefix="collect")
-        try:
-            left = iter(entries)
-            running = [(e, executor.submit(self._take, e, known.get(e.uri))) for e in islice(left, ahead)]
-            while running:
-                entry, future = running.pop(0)
-                future.exception()  # waits
-                yield entry, future
-                running += [(e, executor.submit(self._take, e, known.get(e.uri))) for e in islice(left, 1)]
-        except BaseException:
-            self.pool.close()
-            raise
-        finally:
-            executor.shutdown(wait=False, cancel_futures=True)
+        left = iter(entries)
+        running: deque[tuple[Entry, Future[_Taken]]] = deque()
+        while True:
+            for entry in islice(left, ahead - len(running)):
+                running.append((entry, self.threads.submit(self._take, entry, known.get(entry.uri))))
+            if not running:
+                return
+            entry, future = running.popleft()
+            future.exception()  # waits
+            yield entry, future
 
     def _take(self, entry: Entry, known: Known | None) -> _Taken:
         """Fetch a document, and read it unless it is as it was. Raises `NotRead` and `Unreadable`."""
