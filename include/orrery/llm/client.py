@@ -104,9 +104,10 @@ class Model:
         """
         limit = timeout or self.endpoint.timeout
         most = max_tokens or self.endpoint.context // 4
+        asked = [dict(m) for m in messages]
         try:
             async with asyncio.timeout(limit):
-                answer = await self._create(messages, most, limit, stream=False)
+                answer = await self._create(asked, most, limit, stream=False)
             if not isinstance(answer, ChatCompletion):
                 raise ValueError("not a chat completion")
             text = answer.choices[0].message.content
@@ -127,9 +128,10 @@ class Model:
         most = max_tokens or self.endpoint.context // 4
         deadline = time.monotonic() + limit
         left, ended, chunks = most * CHARACTERS, False, None
+        asked = [dict(m) for m in messages]
         try:
             try:
-                chunks = await _within(self._create(messages, most, limit, stream=True), limit)
+                chunks = await _within(self._create(asked, most, limit, stream=True), limit)
                 while left > 0:
                     rest = deadline - time.monotonic()
                     try:
@@ -160,17 +162,19 @@ class Model:
             async with asyncio.timeout(timeout):
                 listed = await self._client.models.list(timeout=_times(timeout))
             known = sorted({str(m.id) for m in listed.data})
+            # Ollama's names have a tag, which may be left out.
+            untagged = {name.partition(":")[0] for name in known}
         except (TimeoutError, *TROUBLE) as e:
             raise self._explained(e, (), timeout) from None
         name = self.endpoint.model
-        if known and name not in known and f"{name}:latest" not in known:
+        if known and name not in known and name not in untagged:
             raise UserError(f"{self.address} has no model {name!r}", hint=nearest(name, known))
 
     async def close(self) -> None:
         """Give the connections back."""
         await self._client.close()
 
-    async def _create(self, messages: Sequence[Message], most: int, limit: float, *, stream: bool) -> Any:
+    async def _create(self, messages: list[dict[str, str]], most: int, limit: float, *, stream: bool) -> Any:
         """Ask. Hosted models that reason want other fields than everyone else, and say so: then they get those."""
         while True:
             fields: dict[str, Any] = {self._limit: most}
@@ -179,7 +183,7 @@ class Model:
             try:
                 return await self._client.chat.completions.create(
                     model=self.endpoint.model,
-                    messages=[dict(m) for m in messages],
+                    messages=messages,
                     stream=stream,
                     timeout=_times(limit),
                     **fields,
