@@ -113,11 +113,9 @@ class Airflow:
         self.place = place
         (place.root / "plugins").mkdir()
         with self._quiet():
-            from airflow.dag_processing.bundles.manager import DagBundlesManager
-            from airflow.utils.db import initdb
+            from orrery.orchestration import once
 
-            initdb()
-            DagBundlesManager().sync_bundles_to_db()
+            once.prepare()
         self.told: set[int] = set()
 
     def reindex(self, reason: str) -> dict[str, dict[str, Any]]:
@@ -127,13 +125,10 @@ class Airflow:
         teller.start()
         try:
             with self._quiet():
-                from airflow.dag_processing.dagbag import DagBag, sync_bag_to_db
+                from orrery.orchestration import once
 
-                bag = DagBag(os.environ["AIRFLOW__CORE__DAGS_FOLDER"])
-                sync_bag_to_db(bag, "dags-folder", None)
-                dag = bag.dags[f"{PROJECT}.reindex"]
-                dag.deadline = []  # dag.test() looks for a deadline in the database, where it has not put it
-                state = str(dag.test(run_conf={"reason": reason}).state)
+                dags = Path(os.environ["AIRFLOW__CORE__DAGS_FOLDER"])
+                state = once.run(dags, f"{PROJECT}.reindex", {"reason": reason})
         finally:
             over.set()
             teller.join()

@@ -210,7 +210,7 @@ class BasePlanner(ABC):
     ) -> dict[str, str]:
         """Return what a step's output depends on, part by part."""
         config = {k: v for k, v in values.items() if k not in verb.hints}
-        config |= {"key": request.key, "partitions": list(request.partitions), "sample": request.sample}
+        config |= self._scope(request)
         # The project's name is no part: a copied project has the same outputs. The store keeps them apart.
         return {
             "verb": verb.name,
@@ -304,6 +304,10 @@ class BasePlanner(ABC):
     def outlives(self, name: str) -> float:
         """Return how many seconds a step may need to save its state when it is told to stop."""
         return 0.0
+
+    def _scope(self, request: Request) -> dict[str, Any]:
+        """Return what of the request shapes an output: the partitions that were asked for, and how much of them."""
+        return {"key": request.key, "partitions": list(request.partitions), "sample": request.sample}
 
     def budgets(self, name: str) -> Budgets:
         """Return how often a step may fail, by cause."""

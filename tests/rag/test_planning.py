@@ -47,7 +47,9 @@ def test_nothing_is_done_twice_and_a_new_day_takes_over_what_is_unchanged(house:
     assert not any(built(house).values())
     again = built(house, run="run-2")
     assert all(again[verb] for verb in ("chunk", "embed", "index"))
-    built(house, LATER, "run-3")
+    tomorrow = built(house, LATER, "run-3")
+    assert all(tomorrow[verb] for verb in ("chunk", "embed", "index")), "a day chooses nothing"
+    assert house.manifest("generation", LATER).path == house.manifest("generation").path
     assert house.read("vectors", "vectors.npy", LATER) == house.read("vectors", "vectors.npy")
     assert house.run("embed", LATER, run="run-4", force=True).metrics["embedded"] == 0
 

@@ -170,6 +170,7 @@ def lifecycle_dag(
     max_active_runs: int = 1,
     **kwargs: Any,
 ) -> DAG:
+    """Make one of a project's Dags, without tasks."""
     return DAG(
         dag_id=f"{project}.{verb}",
         schedule=schedule,
@@ -266,5 +267,6 @@ def _class(name: str) -> dict[str, Any]:
 
 
 def chain(*tasks: BaseOperator) -> None:
+    """Have tasks run one after the other."""
     for before, after in pairwise(tasks):
         before >> after

@@ -58,6 +58,10 @@ class KnowledgePlanner(BasePlanner):
             raise RequestError("a knowledge base is not tried on a sample", hint="leave --sample out")
         return request
 
+    def _scope(self, request: Request) -> dict[str, Any]:
+        """A day names a generation and chooses nothing: on one on which nothing changed, nothing is made."""
+        return {}
+
     def _wholly(self) -> tuple[str, ...]:
         found = (origin for source in self.spec.sources.values() for origin in (source.uri, source.notion))
         return tuple(origin for origin in found if origin and inside(origin))
