@@ -2,8 +2,9 @@
 
     slim.py .venvs/ml --torch cpu
 
-Before a package's tests go, all that stays is searched for imports of them; what is imported stays. Checks as
-well that torch is the build that was asked for, since an index may give the other one.
+Before a package's tests go, all that stays is searched for imports of them; what is imported stays. Some environments
+use a part of a package alone (UNUSED, with the reasons); what they do use is imported at the end. Checks as well that
+torch is the build that was asked for, since an index may give the other one.
 """
 
 # ruff: noqa: T201  what it prints is for the terminal
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 TESTS = ("tests", "test")
@@ -25,11 +27,71 @@ FOLDERS = (
     "torch/include", "torch/share/cmake", "torch/test", "pyarrow/include", "pyarrow/src",
     "pyspark/examples", "pyspark/data", "jupyterlab_plotly",
 )  # fmt: skip
-FILES = ("**/*.a", "**/*.js.map", "**/*.css.map")
+# onnxruntime's library for programs in C: Python's module has the whole runtime in itself.
+FILES = ("**/*.a", "**/*.js.map", "**/*.css.map", "onnxruntime/capi/libonnxruntime.so.*")
+# Rust's symbol tables, which no one links to: a fifth of these libraries.
+SYMBOLS = ("qdrant_edge/*.so", "tokenizers/*.so", "hf_xet/*.so")
 KEPT_PROGRAMS = ("torch_shm_manager",)
 IMPORT = re.compile(
     rb"^[ \t]*(?:from[ \t]+(\.*[\w.]*)[ \t]+import[ \t]+([^#\n]+)|import[ \t]+([\w., ]+))", re.MULTILINE
 )
+
+
+@dataclass(frozen=True)
+class Unused:
+    """What an environment does not use of a package: patterns below site-packages, and names that stay all the same."""
+
+    why: str
+    gone: tuple[str, ...]
+    kept: tuple[str, ...] = ()
+
+
+S3_ALONE = Unused(
+    "botocore describes 400 services; a store is S3, and the others give credentials for it",
+    ("botocore/data/*/",),
+    ("s3", "sts", "sso", "sso-oidc", "signin"),
+)
+NO_DATABASE = Unused(
+    "only the orchestrator talks to the ledger: no SQL server is asked from here",
+    ("psycopg*", "sqlalchemy/testing", "sqlalchemy/dialects/m*sql", "sqlalchemy/dialects/oracle"),
+)
+NO_HUB = Unused("models come from the store, never from a hub", ("huggingface_hub*", "hf_xet*"))
+NO_STUBS = Unused("stubs of types are for type checkers", ("**/*.pyi",))
+FEW_LEXERS = Unused(
+    "rich colours Python at most",
+    ("pygments/lexers/*.py", "pygments/lexers/__pycache__/*"),
+    ("__init__", "_mapping", "python", "special"),
+)
+# An environment that is not named here uses what it has installed.
+UNUSED = {
+    "serve": (
+        S3_ALONE,
+        NO_DATABASE,
+        NO_HUB,
+        NO_STUBS,
+        FEW_LEXERS,
+        Unused(
+            "onnxruntime runs models here, and makes none",
+            ("onnxruntime/transformers", "onnxruntime/quantization", "onnxruntime/tools"),
+        ),
+        Unused(
+            "nothing is compiled against numpy, and _simd is for its tests",
+            ("numpy/distutils", "numpy/f2py", "numpy/_core/include", "numpy/_core/_simd*.so", "numpy/random/lib"),
+        ),
+    ),
+    "llm": (S3_ALONE, NO_DATABASE, NO_STUBS, FEW_LEXERS),
+    "rag": (S3_ALONE,),
+}
+# What an environment is for, to be imported when all is removed: a build that lacks it must not end well.
+USED = {
+    "serve": (
+        *("fastapi", "uvicorn", "uvloop", "prometheus_client", "openai", "numpy", "numpy.random", "onnxruntime"),
+        *("tokenizers", "Stemmer", "qdrant_client", "qdrant_edge"),
+        *("s3fs", "sqlalchemy.dialects.sqlite", "rich.traceback"),
+    ),
+    "llm": ("xllamacpp", "s3fs", "sqlalchemy.dialects.sqlite", "rich.traceback"),
+    "rag": ("torch", "onnx", "onnxruntime", "tokenizers", "sklearn", "qdrant_client", "qdrant_edge", "s3fs", "psycopg"),
+}  # fmt: skip
 
 
 def main() -> int:
@@ -54,10 +116,17 @@ def main() -> int:
     for pattern in FILES:
         for file in site.glob(pattern):
             file.unlink()
+    for unused in UNUSED.get(args.environment.name, ()):
+        if stale := remove(site, unused):
+            print(stale, file=sys.stderr)
+            return 1
     for file in (site / "torch" / "bin").glob("*"):
         if file.name not in KEPT_PROGRAMS:
             shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
-    if told := strip([f for f in site.rglob("*.so*") if has_debug_information(f)]):
+    debug = [f for f in site.rglob("*.so*") if has_debug_information(f)]
+    symbols = [f for pattern in SYMBOLS for f in site.glob(pattern)]
+    told = strip(debug, "--strip-debug") or strip(symbols, "--strip-unneeded") or missed(args.environment)
+    if told:
         print(told, file=sys.stderr)
         return 1
     after = size(args.environment)
@@ -126,11 +195,35 @@ def has_debug_information(file: Path) -> bool:
     return own and b".debug_info\0" in file.read_bytes()
 
 
-def strip(files: list[Path]) -> str:
-    """Remove debug information, which only a debugger reads; return what went wrong, or nothing."""
+def strip(files: list[Path], what: str) -> str:
+    """Remove what only debuggers and linkers read; return what went wrong, or nothing."""
     if not files:
         return ""
-    done = subprocess.run(["strip", "--strip-debug", *map(str, files)], capture_output=True, text=True, check=False)
+    done = subprocess.run(["strip", what, *map(str, files)], capture_output=True, text=True, check=False)
+    return done.stderr.strip() if done.returncode else ""
+
+
+def remove(site: Path, unused: Unused) -> str:
+    """Remove what an environment does not use; return what is wrong with the list, or nothing."""
+    for pattern in unused.gone:
+        found = [p for p in site.glob(pattern) if p.name.split(".")[0] not in unused.kept]
+        if not found:
+            return f"error: {pattern} ({unused.why}) matches nothing: has the package changed? see UNUSED in slim.py"
+        for path in found:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    return ""
+
+
+def missed(environment: Path) -> str:
+    """Import what an environment is for; return what is missing now, or nothing."""
+    wanted = USED.get(environment.name, ())
+    if not wanted:
+        return ""
+    argv = [str(environment / "bin" / "python"), "-B", "-c", "; ".join(f"import {name}" for name in wanted)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
     return done.stderr.strip() if done.returncode else ""
 
 

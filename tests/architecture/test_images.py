@@ -304,3 +304,36 @@ def test_a_tests_folder_goes_unless_something_imports_it(tmp_path: Path) -> None
     subprocess.run([*slim, "cpu"], check=True, capture_output=True)
     left = {str(p.relative_to(site)) for p in site.rglob("*") if p.is_dir()}
     assert left == {"a", "b", "b/tests", "c", "c/d", "c/d/tests", "torch"}
+
+
+def test_what_an_environment_does_not_use_goes_and_what_it_needs_is_imported(tmp_path: Path) -> None:
+    def slim(**extra: str) -> tuple[int, str]:
+        site = tmp_path / "llm" / "lib" / "python3.11" / "site-packages"
+        files = {
+            *("botocore/data/s3/a.json", "botocore/data/ec2/a.json", "botocore/data/endpoints.json", "psycopg/a.py"),
+            *("psycopg_binary-3.dist-info/RECORD", "sqlalchemy/testing/a.py", "sqlalchemy/dialects/mysql/a.py"),
+            *("sqlalchemy/dialects/oracle/a.py", "sqlalchemy/dialects/sqlite/a.py", "a/a.pyi", "pygments/lexers/x.py"),
+            *("pygments/lexers/python.py", "pygments/lexers/__pycache__/x.cpython-311.pyc"),
+        } - {extra.get("without", "")}
+        shutil.rmtree(tmp_path / "llm", ignore_errors=True)
+        for name in files:
+            (site / name).parent.mkdir(parents=True, exist_ok=True)
+            (site / name).touch()
+        python = tmp_path / "llm" / "bin" / "python"
+        python.parent.mkdir()
+        python.write_text(f"#!/bin/sh\necho $3 >&2\nexit {extra.get('code', '0')}\n")
+        python.chmod(0o755)
+        argv = [sys.executable, str(DOCKER / "image" / "slim.py"), str(tmp_path / "llm")]
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        left = sorted(str(p.relative_to(site)) for p in site.rglob("*") if p.is_file())
+        return done.returncode, done.stderr or " ".join(left)
+
+    assert slim() == (
+        0,
+        "botocore/data/endpoints.json botocore/data/s3/a.json pygments/lexers/python.py sqlalchemy/dialects/sqlite/a.py",
+    )
+    # An upgrade that moved something is told, instead of a list that is true no more.
+    code, said = slim(without="sqlalchemy/testing/a.py")
+    assert code == 1 and "sqlalchemy/testing" in said and "matches nothing" in said
+    code, said = slim(code="1")
+    assert code == 1 and "import xllamacpp" in said

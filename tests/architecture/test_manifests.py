@@ -163,6 +163,7 @@ def test_secrets_are_named_and_never_written() -> None:
     platform = yaml.safe_load((FOLDER / "platform.yaml").read_text())
     used = {*secrets_used(list(documents())), *secrets_used(helm_values()), platform["kubernetes"]["secret"]}
     ours = {"postgres", "mlflow", "qdrant", "vllm", "airflow-keys", "airflow-auth", "orrery-airflow", "orrery-step"}
+    ours |= {"serve-tokens", "orrery-serve"}
     assert used == ours
     for name in used:
         assert f"`{name}`" in page, name
@@ -246,6 +247,38 @@ def test_the_clusters_platform_can_be_read(monkeypatch: pytest.MonkeyPatch) -> N
     assert {c.pool for c in read.compute.values()} <= set(pools)
     settings = yaml.safe_load((ROOT / "airflow_settings.yaml").read_text())
     assert {p["pool_name"] for p in settings["airflow"]["pools"]} == set(pools)
+
+
+def test_the_service_is_told_what_it_needs_and_scales_by_itself() -> None:
+    (serve,) = (d for d in of_kind("Deployment") if d["metadata"]["name"] == "serve")
+    (container,) = serve["spec"]["template"]["spec"]["containers"]
+    # The pods' number is the autoscaler's: a number here would undo its work at each apply.
+    assert "replicas" not in serve["spec"]
+    (scaler,) = of_kind("HorizontalPodAutoscaler")
+    assert (scaler["spec"]["scaleTargetRef"]["kind"], scaler["spec"]["scaleTargetRef"]["name"]) == (
+        "Deployment",
+        "serve",
+    )
+    selected = serve["spec"]["selector"]["matchLabels"]
+    for kind in ("Service", "PodDisruptionBudget", "NetworkPolicy"):
+        (one,) = (d["spec"] for d in of_kind(kind) if d["metadata"]["name"] == "serve")
+        selector = one.get("podSelector", one.get("selector"))
+        assert selector.get("matchLabels", selector) == selected, kind
+    (port,) = (p["containerPort"] for p in container["ports"])
+    assert container["args"][-2:] == ["--port", str(port)]
+    # A file of tokens is named and mounted, and its folder read-only: without one it would not listen beyond loopback.
+    tokens = next(v["value"] for v in container["env"] if v["name"] == "ORRERY_SERVE_TOKENS")
+    mounts = {m["mountPath"]: m for m in container["volumeMounts"]}
+    assert mounts[str(Path(tokens).parent)]["readOnly"] is True
+    # Sleep before the end, then the questions that have begun: the grace holds both.
+    grace = serve["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    settings = (ROOT / "include/orrery/serving/settings.py").read_text()
+    stop = re.search(r"^    stop: float = ([\d.]+)$", settings, re.MULTILINE)
+    assert stop is not None
+    assert grace >= container["lifecycle"]["preStop"]["sleep"]["seconds"] + float(stop[1]) + 5
+    exposed = re.search(r"^EXPOSE (\d+)$", (ROOT / "docker/serve/Dockerfile").read_text(), re.MULTILINE)
+    assert exposed is not None and int(exposed[1]) == port
+    assert compose()["services"]["serve"]["command"][-1] == str(port)
 
 
 # -- Airflow's chart -------------------------------------------------------------------------------
@@ -424,7 +457,7 @@ def test_labels_that_the_board_groups_by_are_tags_of_the_metric() -> None:
         for m in yaml.safe_load(file.read_text())["metrics"]
     }
     for expression in expressions():
-        for grouped in re.findall(r"by \(([a-z_, ]+)\)", expression):
+        for grouped in re.findall(r"by \(([a-z_, ]+)\)", expression) if metrics_in(expression) else ():
             (metric,) = metrics_in(expression)
             metric = re.sub(r"_(count|sum)$", "", metric)
             assert set(grouped.split(", ")) <= tags[metric], expression
@@ -433,9 +466,11 @@ def test_labels_that_the_board_groups_by_are_tags_of_the_metric() -> None:
 def test_the_board_asks_the_source_that_is_provisioned() -> None:
     source = yaml.safe_load((ROOT / "docker/grafana/provisioning/datasources/prometheus.yaml").read_text())
     (only,) = source["datasources"]
-    board = json.loads((ROOT / "docker/grafana/dashboards/airflow.json").read_text())
-    assert {t["datasource"]["uid"] for p in board["panels"] for t in p.get("targets", [])} == {only["uid"]}
+    for file in (ROOT / "docker/grafana/dashboards").glob("*.json"):
+        board = json.loads(file.read_text())
+        assert {t["datasource"]["uid"] for p in board["panels"] for t in p.get("targets", [])} == {only["uid"]}, file
     assert only["url"].split("//")[1].split(":")[0] in compose()["services"]
     scraped = yaml.safe_load((ROOT / "docker/prometheus/prometheus.yml").read_text())["scrape_configs"]
-    hosts = {t.split(":")[0] for job in scraped for c in job["static_configs"] for t in c["targets"]}
+    hosts = {t.split(":")[0] for job in scraped for c in job.get("static_configs", []) for t in c["targets"]}
+    hosts |= {n for job in scraped for c in job.get("dns_sd_configs", []) for n in c["names"]}
     assert hosts - {"127.0.0.1"} <= set(compose()["services"])
