@@ -1,4 +1,4 @@
-"""A Dag's run in this process, without a scheduler: Airflow's own `dag.test()`, on the Airflow that the environment names.
+"""A Dag's run in this process, without a scheduler: `dag.test()`, on the Airflow that the environment names.
 
 For a demonstration or a look at one Dag. Airflow reads its configuration when it is first imported: set AIRFLOW_HOME
 and the rest before this module is.
@@ -20,7 +20,7 @@ def prepare() -> None:
 
 
 def run(folder: Path, dag_id: str, conf: dict[str, Any]) -> str:
-    """Run one Dag of a folder of Dag files to its end; return the state. Raises `KeyError` for one that is not there."""
+    """Run one Dag of a folder of Dag files to its end; return the state. Raises `KeyError` when it is not there."""
     from airflow.dag_processing.dagbag import DagBag, sync_bag_to_db
 
     bag = DagBag(str(folder))
