@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import signal
+import subprocess
+import sys
 from datetime import date, timedelta
 
 import embedding_house
@@ -89,9 +92,10 @@ def test_run_again_it_makes_the_same_bytes_from_what_was_kept(house):
     assert house.manifest("vectors").digest == first.digest
 
 
-def test_killed_in_the_middle_it_goes_on_where_it_was(house, monkeypatch):
+def test_stopped_in_the_middle_it_goes_on_where_it_was(house, monkeypatch):
     monkeypatch.setattr(Embedder, "_batch_tokens", 100)
-    monkeypatch.setattr(kept, "SHARD_ROWS", 8)
+    monkeypatch.setattr("orrery.rag.embedding.session.GROUP_TOKENS", 100)
+    monkeypatch.setattr("orrery.rag.embedding.session.cores", lambda: 1)
     run, batches = Embedder._run, []
 
     def dies(self, ids):
@@ -100,7 +104,6 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(house, monkeypatch):
         batches.append(len(ids))
         return run(self, ids)
 
-    monkeypatch.setattr("orrery.rag.embedding.session.cores", lambda: 1)
     monkeypatch.setattr(Embedder, "_run", dies)
     with pytest.raises(TryAgain):
         embedding_house.embed(house, some(40))
@@ -108,6 +111,39 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(house, monkeypatch):
     done = house.run("embed", run="run-2")
     assert done.metrics["reused"] == sum(batches) > 8
     assert done.metrics["embedded"] == 40 - sum(batches)
+
+
+KILLED = """
+import os, signal, sys
+from orrery.rag import vectors
+from orrery.rag.embedding import session
+
+vectors.SHARD_ROWS, session.GROUP_TOKENS, session.cores = 8, 100, lambda: 1
+session.Embedder._batch_tokens, run, batches = 100, session.Embedder._run, []
+
+def dies(self, ids):
+    batches.append(len(ids))
+    if len(batches) == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return run(self, ids)
+
+session.Embedder._run = dies
+from orrery.step import attempt
+attempt(sys.argv[1], sys.argv[2], 0.0)
+"""
+
+
+def test_killed_it_has_lost_no_more_than_a_shard(house, monkeypatch):
+    embedding_house.collect(house, some(40))
+    house.run("chunk")
+    config = house.plan("embed").config
+    house.store.put(f"{config.folder}/config.json", config.model_dump_json().encode())
+    uris = [f"{house.store.uri}/{config.folder}/{name}.json" for name in ("config", "result")]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *uris], check=False, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    done = house.run("embed", run="run-2")
+    # Seven batches of three, and what made no full shard of eight is lost.
+    assert (done.metrics["reused"], done.metrics["embedded"]) == (18, 22)
 
 
 def test_a_change_of_the_embedder_embeds_anew_and_the_first_ones_vectors_stay(house, tmp_path):

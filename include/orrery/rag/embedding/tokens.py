@@ -53,6 +53,8 @@ class Tokens:
     def estimate(self, text: str) -> int:
         """Return the sum of the words' lengths, without what is `fixed`; most tokenizers find exactly as many."""
         words = self._words
+        if (one := words.get(text.strip())) is not None:  # what is cut at words is asked of word by word
+            return one
         total = 0
         for word in text.split():
             found = words.get(word)
