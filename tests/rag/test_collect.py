@@ -251,7 +251,7 @@ def test_more_missing_than_allowed_stops_the_run_and_commits_nothing(house: Hous
         "documents/guides/a.md (gone), documents/guides/b.md (gone), documents/guides/c.md (gone). "
         "Nothing was changed."
     )
-    assert "trigger notes.reindex with `partial`, or raise the source's `missing`" in caught.value.hint
+    assert "trigger notes.reindex with `partial` (`orrery run notes collect --partial`)" in caught.value.hint
     assert manifests(house) == before
     assert house.store.latest(PROJECT, "documents", NEXT) is None
     assert today_of(house, NEXT)["documents/guides/a.md"] == ("gone", None)
