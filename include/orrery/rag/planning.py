@@ -166,7 +166,15 @@ class KnowledgePlanner(BasePlanner):
         model = self.store.manifest(str(request.options["model"]))
         if model is None:
             raise RequestError(f"the generation of version {request.options.get('version')} is gone from the store")
-        return {"model": (model.ref,)}
+        evaluation = self._evaluation_of(model)
+        return {"model": (model.ref,), **({"evaluation": (evaluation.ref,)} if evaluation is not None else {})}
+
+    def _evaluation_of(self, generation: Manifest) -> Manifest | None:
+        """Return the evaluation that a generation went live on, by the ledger: services abstain by it."""
+        promotions = self.ledger.find(self.project, "promotion", phase="done")
+        mine = [e.payload for e in promotions if e.payload["model"] == generation.path]
+        path = mine[-1].get("evidence", {}).get("evaluation") if mine else None
+        return self.store.manifest(path) if path else None
 
     # -- params, verb by verb ------------------------------------------------------------------------
 
