@@ -216,3 +216,20 @@ def test_who_never_reads_an_answer_holds_nothing_for_long() -> None:
             wait_for(lambda: house.metric("orrery_serve_in_flight") == 1)
             wait_for(lambda: house.metric("orrery_serve_in_flight") == 0)
         assert house.service.live.current.opened.holders == 1  # type: ignore[union-attr]
+
+
+def test_too_many_requests_are_told_so_whatever_they_ask() -> None:
+    with serving(settings=replace(QUICK, requests=4, searches=8)) as house:
+        house.opener.hold = threading.Event()
+        with ThreadPoolExecutor(4) as pool:
+            asked = [pool.submit(house.ask, QUESTION) for _ in range(4)]
+            wait_for(lambda: house.opener.at_work == 4)
+            # Head and body come apart, as many clients send them: the refusal must not be lost between the two.
+            for _ in range(20):
+                with socket.create_connection(("127.0.0.1", int(house.url.rsplit(":", 1)[1])), timeout=10) as sock:
+                    sock.sendall(b"POST /query HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n")
+                    time.sleep(0.002)
+                    sock.sendall(b"x" * 100)
+                    assert sock.recv(4096).startswith(b"HTTP/1.1 503 ")
+            house.opener.hold.set()
+            assert all(a.result(10)["sources"] for a in asked)

@@ -32,6 +32,9 @@ from orrery.store import Store
 CLOSING_S = 1
 # Open connections hear a 503 for this long, and balancers see that it is not ready, before it stops to listen.
 NOTICE_S = 0.3
+# Connections that the kernel holds until they are taken: with few, a burst waits a second for its next try instead of
+# hearing a 503.
+BACKLOG = 1024
 
 
 class _Protocol(H11Protocol):
@@ -78,7 +81,7 @@ def make(service: Service, host: str) -> Server:
         server_header=False,
         proxy_headers=False,
         limit_concurrency=settings.connections,
-        backlog=128,
+        backlog=BACKLOG,
         timeout_keep_alive=15,
         timeout_graceful_shutdown=CLOSING_S,
         h11_max_incomplete_event_size=settings.header_bytes,
@@ -117,7 +120,7 @@ def listen(host: str, port: int) -> socket.socket:
     """Return a listening socket. Raises `UserError` when the address is taken, or not this machine's."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=128)
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except (OSError, OverflowError) as e:
         why = getattr(e, "strerror", None) or str(e)
         raise UserError(f"cannot listen on {host}:{port}: {why}", hint="choose another --port or --host") from None

@@ -45,6 +45,7 @@ SECURITY = {
     "permissions-policy": "camera=(), microphone=(), geolocation=()",
 }
 QUIET = ("/health", "/metrics")
+DRAIN_S = 1.0
 # Routes as they are logged: a path may hold anything, a token too.
 ROUTES = ("/query", "/feedback", "/info", "/openapi.json", "/health/live", "/health/ready", "/metrics", "/")
 
@@ -82,7 +83,10 @@ class Edge:
         limit = asyncio.timeout(self._seconds)
         try:
             async with limit:
-                await (self._refusal(scope) or self._app)(scope, receive, response)
+                refusal = self._refusal(scope)
+                if refusal is not None and refusal.headers.get("connection") == "close":
+                    await _drained(receive)
+                await (refusal or self._app)(scope, receive, response)
         except asyncio.CancelledError:
             trace.outcome = "cancelled"
             raise
@@ -102,7 +106,7 @@ class Edge:
         if self._stopping() and not scope["path"].startswith(QUIET):
             return error(503, "the service is stopping", trace, {"retry-after": "1", "connection": "close"})
         if self.requests > self._most:
-            return error(503, "too many requests at once", trace, {"retry-after": "1", "connection": "close"})
+            return error(503, "too many requests at once", trace, {"retry-after": "1"})
         if self._hosts is not None:
             host = next((v for k, v in scope["headers"] if k == b"host"), b"").decode("latin-1")
             name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
@@ -138,6 +142,15 @@ class Edge:
             **stages,
             **said,
         )
+
+
+async def _drained(receive: Receive) -> None:
+    """Read a small body that nobody wants: closed with bytes unread, a connection is reset, and its answer lost."""
+    size = 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DRAIN_S):
+            while size <= MAX_BODY and (message := await receive()).get("more_body", False):
+                size += len(message["body"])
 
 
 class _Out:
