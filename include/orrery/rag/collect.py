@@ -515,11 +515,10 @@ def refuse(project: str, found: Mapping[str, Collected], *, partial: bool, links
         return
     error: type[OrreryError] = TryAgain if waits else UserError
     hint = (
-        "it is tried again"
-        if waits
-        else "look at the source. If it is right as it is, trigger "
-        + (f"{project}.reindex with `partial`, or raise the source's `missing` in spec.yaml")
+        f"look at the source. If it is right as it is, trigger {project}.reindex with `partial` "
+        f"(`orrery run {project} collect --partial`), or raise the source's `missing` in spec.yaml"
     )
+    hint = "it is tried again" if waits else hint
     raise error("; ".join(wrong) + ". Nothing was changed.", hint=hint, details={"links": links})
 
 
