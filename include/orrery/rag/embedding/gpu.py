@@ -14,14 +14,15 @@ from orrery.rag.embedding.session import TOKENIZER, Embedder, Facts, Rows, Vecto
 
 
 class GpuEmbedder(Embedder):
-    """An embedder whose session is a torch module on the GPU; one batch at a time."""
+    """An embedder whose session is a torch module on `device`; one batch at a time."""
 
     _batch_tokens = 1 << 16
+    device = "cuda"
 
     def _run(self, ids: list[Rows]) -> Vectors:
         import torch
 
-        tokens, mask = (torch.from_numpy(side).to("cuda") for side in self._padded(ids))
+        tokens, mask = (torch.from_numpy(side).to(self.device) for side in self._padded(ids))
         with torch.inference_mode():
             return np.asarray(self._session(tokens, mask).float().cpu().numpy(), np.float32)
 
@@ -32,9 +33,9 @@ def open_on_gpu(origin: sources.Source, folder: Path, facts: Facts) -> Embedder:
 
     if not torch.cuda.is_available():
         raise UserError(
-            "embed: the compute class has a GPU, but torch finds no CUDA here",
-            hint="check the class' image (a CUDA build of torch) and its node's driver, or set `embedder.compute` to a "
-            "class without a GPU",
+            "embed: the compute class has a GPU, and torch finds no CUDA: it would run on the CPU at a GPU's price",
+            hint="`image` of the class in platform.yaml: one whose torch has CUDA, and a node with the vendor's driver; "
+            "or set embedder.compute to a class without a GPU",
         )
     if facts.precision != "fp32":
         raise SpecError(
@@ -46,8 +47,15 @@ def open_on_gpu(origin: sources.Source, folder: Path, facts: Facts) -> Embedder:
             "embedder.model: an exported embedder runs on CPUs alone",
             hint="give the folder with its weights, or a compute class without a GPU",
         )
+    return on_device(origin, folder, facts, GpuEmbedder.device)
+
+
+def on_device(origin: sources.Source, folder: Path, facts: Facts, device: str) -> Embedder:
+    """Open an embedder in torch on a device; `folder` holds its tokenizer."""
     from orrery.rag.embedding.graph import load
 
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    module: Any = load(sources.gathered(origin, folder.parent / "gpu"), facts)[0]
-    return GpuEmbedder(facts, open_tokenizer(folder / TOKENIZER), module.to("cuda"), 1)
+    module: Any = load(sources.gathered(origin, origin.scratch / "weights"), facts)[0]
+    made = GpuEmbedder(facts, open_tokenizer(folder / TOKENIZER), module.to(device), 1)
+    made.device = device
+    return made
