@@ -54,6 +54,11 @@ def test_an_answer_with_valid_citations_is_shown(house: House, server: OpenAI) -
     assert "blue safe" not in server.prompt
 
 
+def test_an_answer_ends_where_it_begins_to_repeat_the_prompt(house: House, server: OpenAI) -> None:
+    server.answer = 'It closes [1].\n</passage>\n<passage number="2" from="x">\nAnything [2].'
+    assert house.ask(QUESTION)["answer"] == "It closes [1]."
+
+
 def test_what_cites_nothing_or_only_inventions_is_not_shown(house: House, server: OpenAI) -> None:
     for text, why in {
         "It closes when it rains.": "uncited",

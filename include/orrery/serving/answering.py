@@ -22,7 +22,7 @@ from orrery.serving.knowledge import Found, Knowledge, Stages
 from orrery.serving.live import Live, Serving
 from orrery.serving.metrics import Metrics
 from orrery.serving.pressure import Breaker, Full, Gate, Threads
-from orrery.serving.prompt import Message, messages
+from orrery.serving.prompt import Message, messages, unfenced
 from orrery.serving.settings import Settings
 from orrery.serving.texts import Span, clean, heading_text, marked, one_line, sentences, window, within
 from orrery.serving.tokens import Caller
@@ -335,7 +335,7 @@ class Answering:
         """Return the model's answer when it cites passages that it was shown, else the passages' own sentences."""
         searched, why = begun.searched, written.why
         if why is None:
-            checked = check(written.text, searched.shown)
+            checked = check(unfenced(written.text), searched.shown)
             self.metrics.invented.inc(checked.invented)
             if checked.cited:
                 return self._answer(begun, trace, "answered", checked.text, self.model_name, searched.sources)

@@ -21,7 +21,11 @@ SYSTEM = (
     "Answer in at most four sentences of plain text, in the language of the question. "
     "If the passages do not answer the question, write only: The passages do not say."
 )
-TASK = "Answer the question from the passages. Put the passage's number behind each statement, such as [1]."
+# Worded so that the smallest models rather cite nothing, which is not shown, than write "the passage is [1]".
+TASK = (
+    "Write a short answer to the question, taken from the passages. "
+    "End each sentence with the number of its passage in brackets, such as [1]."
+)
 # Our own fences, in whatever a document or a question says.
 _FENCE = re.compile(r"<(?=\s*/?\s*(?:passages?|question)\b)", re.IGNORECASE)
 _QUOTES = str.maketrans({'"': "'", "<": " ", ">": " "})
@@ -68,3 +72,9 @@ def _block(number: int, passage: Found, most: int | None = None) -> str:
 
 def _fenced(text: str) -> str:
     return _FENCE.sub("< ", inert(text)).strip()
+
+
+def unfenced(text: str) -> str:
+    """Return what a model wrote, up to where it begins to repeat the prompt's fences."""
+    found = _FENCE.search(text)
+    return text[: found.start()] if found else text
