@@ -18,6 +18,7 @@ from orrery.catalogue import NAMES
 from orrery.contract import Result
 from orrery.errors import RequestError, UserError, nearest
 from orrery.ledger import Ledger, moment, unfinished
+from orrery.llm.cli import app as llm_app
 from orrery.partitions import key_of
 from orrery.plan import Planner
 from orrery.planner import BasePlanner, Plan, Request
@@ -32,6 +33,7 @@ app = typer.Typer(
     help="Keeps machine-learning models turning. `orrery COMMAND --help` tells more.",
 )
 out = Console(highlight=False, soft_wrap=True)
+app.add_typer(llm_app, name="llm")
 Project = Annotated[str, typer.Argument(help="A folder of include/projects/.")]
 
 

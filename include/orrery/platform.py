@@ -365,7 +365,8 @@ def load(file: Path | None = None) -> Platform:
     key = (
         str(file),
         str(home()),
-        _mlflow_port(),
+        _port_of("mlflow", "5500"),
+        _port_of("llm", "8090"),
         *(os.environ.get(v) for v in (*ADDRESSES.values(), *OPTIONAL.values(), "ORRERY_FEAST", "ORRERY_STAGE")),
     )
     try:
@@ -374,14 +375,14 @@ def load(file: Path | None = None) -> Platform:
         raise SpecError(f"{file}: {e.strerror}", hint="set ORRERY_PLATFORM") from None
 
 
-def _mlflow_port() -> str:
-    """Return where the local MLflow listens: as it was started, from whatever shell is asked; else as it would be."""
+def _port_of(server: str, otherwise: str) -> str:
+    """Return where a local server listens: as it was started, from whatever shell is asked; else as it would be."""
     try:
-        running = json.loads((home() / "var" / "run" / "mlflow.json").read_bytes())
-        started = str(int(running["port"]))
+        running = json.loads((home() / "var" / "run" / f"{server}.json").read_bytes())
+        otherwise = str(int(running["port"]))
     except (OSError, ValueError, KeyError, TypeError):
-        started = "5500"
-    return os.environ.get("ORRERY_MLFLOW_PORT") or started
+        pass
+    return os.environ.get(f"ORRERY_{server.upper()}_PORT") or otherwise
 
 
 @lru_cache(maxsize=8)
@@ -394,7 +395,7 @@ def _load(key: tuple[str | None, ...], mtime: int) -> Platform:
     if os.environ.get("ORRERY_FEAST"):
         data["feast"] = {**(data.get("feast") or {}), "registry": os.environ["ORRERY_FEAST"]}
     platform = yamlfile.validate(Platform, data, lines, file)
-    values = {"root": root, "mlflow_port": str(key[2])}
+    values = {"root": root, "mlflow_port": str(key[2]), "llm_port": str(key[3])}
     fields = {f: substitute(getattr(platform, f), values, f"{file}: {f}") for f in ADDRESSES}
     for field in ("store", "data"):
         if has_secret(fields[field]):
@@ -410,9 +411,13 @@ def _load(key: tuple[str | None, ...], mtime: int) -> Platform:
         )
     # The command line runs anywhere, a step runs in the home: both must mean the same place.
     fields |= {f: absolute(fields[f], Path(root)) for f in ("store", "data", "ledger", "tuning")}
+    llms = {
+        name: llm.model_copy(update={"url": substitute(llm.url, values, f"{file}: llms.{name}.url")})
+        for name, llm in platform.llms.items()
+    }
     registry = substitute(platform.feast.registry, values, f"{file}: feast.registry")
     feast = Feast(
         registry=registry if "://" in registry else str(Path(root) / registry),
         online=substitute(platform.feast.online, values, f"{file}: feast.online"),
     )
-    return platform.model_copy(update={**fields, "feast": feast})
+    return platform.model_copy(update={**fields, "feast": feast, "llms": llms})
