@@ -112,6 +112,9 @@ class StepOperator(BaseOperator):
         if self.verb != "gate" and result.verdict in NOTHING_MADE:
             # Green and told apart: a task that succeeds would announce its outlets, a champion that is none.
             raise AirflowSkipException(f"{self.verb}: {result.skipped}")
+        if self.kind == "knowledge_base" and self.verb == "promote" and result.skipped:
+            # Most nights change nothing: nobody is told of a live generation that has been live for weeks.
+            raise AirflowSkipException(f"{self.verb}: {result.skipped}")
         if self.number is not None:
             context["trial"] = trial_name(self.number, result)
         self._emit(context, wanted)
