@@ -1,7 +1,7 @@
 """Make a store with two real generations, in the environment `rag`: `python reindexed.py FOLDER`.
 
-The documents are collected, cut, embedded (by the tiny embedder of tests/rag, exported to ONNX) and indexed by the real
-steps. Prints a list of {manifest, digest}, the older one first.
+The documents are collected, cut, embedded (by the tiny embedder of tests/rag, exported to ONNX), indexed, evaluated and
+promoted by the real steps. Prints what live.json said after each, the older one first.
 """
 
 from __future__ import annotations
@@ -40,10 +40,9 @@ def main() -> None:
     for day, documents in (("2026-01-05", {}), ("2026-01-06", CHANGED)):
         for name, content in documents.items():
             house.document(name, content)
-        house.reindex(day, run=f"run-{day}", until="index")
-        manifest = house.manifest("generation", day)
-        made.append({"manifest": manifest.path, "digest": manifest.digest})
-    sys.stdout.write("\n" + json.dumps({"store": house.store.uri, "generations": made}) + "\n")
+        house.reindex(day, run=f"run-{day}", until="promote")
+        made.append(json.loads(house.store.read(f"{rag_house.PROJECT}/live.json")))
+    sys.stdout.write("\n" + json.dumps({"store": house.store.uri, "live": made}) + "\n")
 
 
 if __name__ == "__main__":

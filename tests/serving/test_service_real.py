@@ -1,4 +1,4 @@
-"""The service on real generations: collected, cut, embedded and indexed by the steps; only the embedder is a tiny one."""
+"""The service on real generations: collected, cut, embedded, indexed and promoted by the steps; only the embedder is a tiny one."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture
 def house(made: dict[str, Any], tmp_path: Path) -> Iterator[House]:
     shutil.copytree(made["store"].removeprefix("file://"), tmp_path / "store")
+    (tmp_path / "store" / PROJECT / "live.json").unlink()
     opener = RagOpener(KnowledgeBaseSpec.model_validate(SPEC), None, 1)
     with serving(tmp_path, passages=None, opener=opener, settings=QUICK) as house:
         point(house, made, 0)
@@ -47,9 +48,8 @@ def house(made: dict[str, Any], tmp_path: Path) -> Iterator[House]:
 
 
 def point(house: House, made: dict[str, Any], number: int) -> str:
-    generation = made["generations"][number]
-    house.point(generation["manifest"], generation["digest"])
-    return str(generation["manifest"].split("/")[2])
+    house.store.put(f"{PROJECT}/live.json", json.dumps(made["live"][number]).encode())
+    return str(made["live"][number]["generation"].split("/")[2])
 
 
 def test_a_real_generation_answers_with_the_passage_and_switches(house: House, made: dict[str, Any]) -> None:
@@ -98,13 +98,13 @@ def test_filters_reach_the_index(house: House) -> None:
 
 @pytest.mark.parametrize("file", ["shard", "generation.json", "manifest.json", "points of another"])
 def test_a_damaged_index_is_refused_and_the_old_one_answers(house: House, made: dict[str, Any], file: str) -> None:
-    folder = Path(house.store.root) / made["generations"][1]["manifest"].rsplit("/", 1)[0]
+    folder = Path(house.store.root) / made["live"][1]["generation"].rsplit("/", 1)[0]
     damaged = next(p for p in folder.rglob("*") if p.is_file() and p.name.startswith(file.split(" ", maxsplit=1)[0]))
     data = damaged.read_bytes()
     damaged.write_bytes(data[: len(data) // 2] if file != "points of another" else data)
     old = house.ask(WIND)["generation"]
     if file == "points of another":  # all files are whole, but not those that the pointer means
-        house.point(made["generations"][1]["manifest"], made["generations"][0]["digest"])
+        house.point(made["live"][1]["generation"], made["live"][0]["digest"])
     else:
         point(house, made, 1)
     wait_for(lambda: house.service.live.refusal is not None)
@@ -112,4 +112,3 @@ def test_a_damaged_index_is_refused_and_the_old_one_answers(house: House, made: 
     assert house.get("/health/ready").json()["status"] == "degraded"
     damaged.write_bytes(data)
     house.wait_live(point(house, made, 1))
-    assert PROJECT == "notes"
