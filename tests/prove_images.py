@@ -4,15 +4,17 @@
     .venvs/airflow/bin/python tests/prove_images.py ml spark   those
 
 As on a cluster means: `command: [orrery]`, a read-only root of which only /tmp may be written, a user number that
-/etc/passwd does not know, no capabilities, no network. The environments that have verbs carry the loop of
-tests/projects/house_energy through them (register and promote, which talk to MLflow, run on this machine); the
-others run its gate, which is pure Python. Engine and flags are those of docker/images.py; ORRERY_RUN_FLAGS are
-given to `run`.
+/etc/passwd does not know, no capabilities, no network. The environments of models carry the loop of
+tests/projects/house_energy through them (register and promote, which talk to MLflow, run on this machine), or its
+gate, which is pure Python. `rag` carries Orrery's handbook from its documents to a live generation, `serve` answers a
+question from it, `llm` writes a sentence. Engine and flags are those of docker/images.py; ORRERY_RUN_FLAGS are given
+to `run`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import shutil
@@ -20,16 +22,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from loop import DAYS, NEXT, PROJECT, ROOT, WINDOW, Loop, registered
+from loop import DAYS, NEXT, ORRERY, PROJECT, ROOT, WINDOW, Loop, registered
 from mlflow_house import mlflow_server
 
 from orrery import platform
 from orrery.contract import VERBS
 from orrery.plan import Plan, Planner, Request
+from orrery.planners import planner_of
 from orrery.runner import run
 
 sys.path.insert(0, str(ROOT / "docker"))
@@ -37,6 +42,20 @@ from images import ENGINES, find_engine, wanted
 
 USERS = ("10001:0", "1234567:0")  # the image's own, and one that a cluster gives
 STOPPED = 143
+# Knowledge bases have a chain of their own: documents to a live generation, answers, a language model.
+KNOWLEDGE = ("rag", "serve", "llm")
+HANDBOOK, DAY = "handbook", "2026-01-05"
+CHAIN = ("collect", "chunk", "embed", "index", "evaluate", "gate", "promote")
+ASKED = "Which exit code means that the user has to act?"
+# Run in a container with its own Python: the network is the container's alone.
+ASK = """
+import json, sys, urllib.request
+url, token, body = sys.argv[1:]
+headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {token}"} if token else {})
+data = body.encode() or None
+with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=60) as answer:
+    sys.stdout.write(answer.read().decode())
+"""
 
 
 @dataclass
@@ -47,7 +66,14 @@ class Images:
     images: dict[str, str]
     mounts: tuple[str, ...] = ()
 
-    def argv(self, environment: str, *words: str, user: str = USERS[0]) -> list[str]:
+    def argv(
+        self,
+        environment: str,
+        *words: str,
+        user: str = USERS[0],
+        program: str = "orrery",
+        flags_too: Sequence[str] = (),
+    ) -> list[str]:
         """Return the command that runs `orrery WORDS` as a pod does."""
         flags = [f"--user={user}", "--read-only", "--network=none", "--cap-drop=all", "--rm"]
         flags += ["--security-opt=no-new-privileges", "--tmpfs=/tmp:rw,exec,nosuid,size=4g,mode=1777"]
@@ -55,7 +81,31 @@ class Images:
             flags += ["--passwd=false", "--read-only-tmpfs=false"]
         flags += [f"--volume={m}" for m in self.mounts]
         flags += shlex.split(os.environ.get("ORRERY_RUN_FLAGS", ""))
-        return [*self.engine, "run", *flags, "--entrypoint=orrery", self.images[environment], *words]
+        flags += flags_too
+        return [*self.engine, "run", *flags, f"--entrypoint={program}", self.images[environment], *words]
+
+    @contextmanager
+    def running(self, environment: str, *words: str, **options: Any) -> Iterator[Callable[..., str]]:
+        """Run what goes on until it is told to stop; yield what asks an address in the container. It must end by itself."""
+        name = f"orrery-prove-{environment}-{os.getpid()}"
+        flags = [f"--name={name}", *options.pop("flags_too", ())]
+        argv = self.argv(environment, *words, **options, flags_too=flags)
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+        def ask(url: str, token: str = "", body: object = None) -> str:
+            words = ("python", "-c", ASK, url, token, "" if body is None else json.dumps(body))
+            done = subprocess.run([*self.engine, "exec", name, *words], capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise OSError(done.stderr.strip()[-500:])
+            return done.stdout
+
+        try:
+            yield ask
+        finally:
+            subprocess.run([*self.engine, "stop", "--time=20", name], capture_output=True, check=False)
+            said, _ = process.communicate(timeout=60)
+            if process.returncode not in (0, STOPPED):
+                raise SystemExit(f"{environment} ended with {process.returncode}:\n{said[-3000:]}")
 
     def launcher(self, environment: str, user: str) -> Callable[[Plan], int]:
         """Return what `runner.run` starts a planned step with."""
@@ -81,13 +131,19 @@ def main() -> int:
         for user in USERS:
             check(made, environment, user)
     home = Path(tempfile.mkdtemp(prefix="orrery-images-"))
+    home.chmod(0o755)
     try:
-        with mlflow_server(home / "mlflow") as address:
-            loop = Loop(home, address)
-            os.environ.update(loop.env)
-            made.mounts = (f"{home}/store:{home}/store", f"{home}/data:{home}/data:ro")
-            (home / "store").mkdir()
-            steps(made, loop, list(images))
+        if models := [e for e in images if e not in KNOWLEDGE]:
+            with mlflow_server(home / "mlflow") as address:
+                loop = Loop(home, address)
+                os.environ.update(loop.env)
+                made.mounts = (f"{home}/store:{home}/store", f"{home}/data:{home}/data:ro")
+                (home / "store").mkdir()
+                steps(made, loop, models)
+        if "rag" in images or "serve" in images:
+            knowledge(made, home / "knowledge", "rag" in images, "serve" in images)
+        if "llm" in images:
+            writes(made)
     finally:
         shutil.rmtree(home, ignore_errors=True)
     return 0
@@ -129,6 +185,72 @@ def steps(made: Images, loop: Loop, environments: list[str]) -> None:
     for environment in environments:
         if environment not in {v.environment for v in VERBS.values()}:
             step("gate", WINDOW, environment, force=True)
+
+
+def knowledge(made: Images, home: Path, rag: bool, serve: bool) -> None:
+    """Carry the handbook to a live generation, in the image of `rag` or on this machine; have `serve` answer from it."""
+    store = home / "store"
+    store.mkdir(parents=True)
+    made.mounts = (f"{store}:{store}",)
+    os.environ |= {"ORRERY_STORE": f"file://{store}", "ORRERY_LEDGER": f"sqlite:///{home}/ledger.db"}
+    os.environ |= {"ORRERY_PROJECTS": str(ROOT / "include" / "projects"), "ORRERY_PROFILE": "local"}
+    for turn, verb in enumerate(CHAIN):
+        if not rag:
+            subprocess.run([ORRERY, "run", HANDBOOK, verb, "--partition", DAY], check=True, capture_output=True)
+            continue
+        user, began = USERS[turn % 2], time.monotonic()
+        request = Request(
+            HANDBOOK, verb, (DAY,), "image--1", verb, actor="image", reason="proof", kind="knowledge_base"
+        )
+        result = run(planner_of(HANDBOOK), request, made.launcher("rag", user))
+        tell("rag", f"{verb} {DAY} as {user}", result.status == "done" and not result.skipped, began, str(result))
+    if serve:
+        for user in USERS:
+            answers(made, home, user)
+
+
+def answers(made: Images, home: Path, user: str) -> None:
+    """Make a token in the image, serve with it as on a cluster, and ask."""
+    began, folder = time.monotonic(), home / f"tokens-{user.partition(':')[0]}"
+    folder.mkdir()
+    made.mounts = (f"{home}/store:{home}/store", f"{folder}:/tokens")
+    words = ("token", "ada", "--groups=oncall", "--tokens=/tokens/tokens.yaml")
+    token = subprocess.run(made.argv("serve", *words, user=user), capture_output=True, text=True, check=False)
+    tell("serve", f"a token as {user}", token.returncode == 0, began, token.stderr)
+    began, address = time.monotonic(), "http://127.0.0.1:8070"
+    environment = [f"--env=ORRERY_STORE=file://{home}/store", "--env=ORRERY_SERVE_TOKENS=/tokens/tokens.yaml"]
+    serve = ("serve", HANDBOOK, "--host=0.0.0.0", "--port=8070")
+    with made.running("serve", *serve, user=user, flags_too=environment) as ask:
+        until(lambda: ask(f"{address}/health/ready"), 60)
+        tell("serve", f"ready as {user}", True, began, "")
+        began = time.monotonic()
+        found = json.loads(ask(f"{address}/query", token.stdout.strip(), {"question": ASKED}))
+        good = bool(found["sources"]) and not found["abstained"] and "app.js" in ask(f"{address}/")
+        tell("serve", f"an answer: {' '.join(found['answer'].split())[:80]} …", good, began, str(found))
+
+
+def writes(made: Images) -> None:
+    """Have the language model write, without a network."""
+    began, address, made.mounts = time.monotonic(), "http://127.0.0.1:8090", ()
+    with made.running("llm", "-m", "orrery.llm.server", "--port=8090", program="python") as ask:
+        until(lambda: ask(f"{address}/v1/models"), 60)
+        model = json.loads(ask(f"{address}/v1/models"))["data"][0]["id"]
+        body = {"model": model, "max_tokens": 16, "messages": [{"role": "user", "content": "What is a telescope?"}]}
+        said = json.loads(ask(f"{address}/v1/chat/completions", "", body))["choices"][0]["message"]["content"]
+        tell("llm", f"{model} writes: {' '.join(said.split())[:60]} …", bool(said.strip()), began, said)
+
+
+def until(done: Callable[[], object], seconds: float) -> None:
+    """Try until it does not fail. Raises what it raises in the end."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            done()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.5)
 
 
 def tell(environment: str, what: str, passed: bool, began: float, output: str) -> None:
