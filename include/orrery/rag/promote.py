@@ -3,6 +3,9 @@
 A desired state: run twice, or killed in between, it ends the same. Services follow `<project>/live.json`, which is put
 whole; on a Qdrant server the alias `<project>` follows it, for whoever asks the server directly. The ledger is written
 by the orchestrator.
+
+An unproven generation does not take a proven one's place: the gate has said so of what it saw, and this is the moment
+that counts. On a server, generations that were live before the last `BEFORE` are removed (`retention`).
 """
 
 from __future__ import annotations
@@ -16,12 +19,15 @@ from orrery.errors import UserError
 from orrery.rag.contract import PublishParams
 from orrery.rag.engines import Engine
 from orrery.rag.generations import POINTS, facts_of, open_generation, verified
+from orrery.rag.retention import retire
 from orrery.rag.retrieval import retrieve
 from orrery.step import Work
 from orrery.store import Manifest
 
 LIVE = "live.json"
 PROBE = "Is anybody there?"
+# How many generations that were live before the present one a rollback finds on a server.
+BEFORE = 3
 
 
 def run(work: Work, params: PublishParams) -> Result:
@@ -32,7 +38,20 @@ def run(work: Work, params: PublishParams) -> Result:
     verdict = work.input("verdict")
     if verdict.result["verdict"] != "promote" or verdict.inputs["evaluation"][0].path != evaluation.path:
         raise UserError(f"{verdict.path} does not say that {generation.path} may go live", hint="run gate again")
-    return publish(work, params, generation, evaluation, proven=bool(verdict.facts["proven"]), how="live")
+    now, proven = live(work), bool(verdict.facts["proven"])
+    if not proven and now.get("proven") and now.get("generation") != generation.path:
+        raise UserError(
+            f"{generation.path} is unproven, and what is live (version {now.get('version')}) has been proven",
+            hint="name a questions file in spec.yaml, then run evaluate and gate again",
+        )
+    if not proven and now.get("proven") and (earlier := _manifest(work, now.get("evaluation"))) is not None:
+        # The same generation, evaluated once more without questions: what was proven of it stands.
+        evaluation, proven = earlier, True
+    return publish(work, params, generation, evaluation, proven=proven, how="live")
+
+
+def _manifest(work: Work, path: object) -> Manifest | None:
+    return work.store.manifest(path) if isinstance(path, str) else None
 
 
 def publish(
@@ -45,10 +64,16 @@ def publish(
         from orrery.rag.engines.server import connect, point_alias
 
         point_alias(connect(params.qdrant), work.config.project, facts.collection, params.qdrant)
-    put(work, pointer(params.version, generation, evaluation, proven=proven))
+    told = pointer(params.version, generation, evaluation, proven=proven, before=earlier(live(work), generation))
+    put(work, told)
+    removed = retire(work, params.qdrant, [generation.path, *(one["generation"] for one in told["before"])])
     said = f"version {params.version} is {how}: {count:,} passages of {generation.key}"
     return Result(
-        reasons=[said, *([] if proven else ["unproven: no questions were asked of it"])],
+        reasons=[
+            said,
+            *([] if proven else ["unproven: no questions were asked of it"]),
+            *(f"removed from the server: {collection}" for collection in removed),
+        ],
         metrics={"passages": float(count)},
         facts={"model_version": params.version, "previous": params.previous, "proven": proven},
     )
@@ -82,8 +107,15 @@ def _groups(engine: Engine) -> frozenset[str]:
     return frozenset(group for _, row in engine.rows(["groups"]) for group in row["groups"])
 
 
-def pointer(version: str, generation: Manifest, evaluation: Manifest | None, *, proven: bool) -> dict[str, Any]:
-    """Return what services follow."""
+def pointer(
+    version: str,
+    generation: Manifest,
+    evaluation: Manifest | None,
+    *,
+    proven: bool,
+    before: list[dict[str, str]] | None = None,
+) -> dict[str, Any]:
+    """Return what services follow; `before`: what was live before, the last first."""
     return {
         "version": version,
         "generation": generation.path,
@@ -91,15 +123,34 @@ def pointer(version: str, generation: Manifest, evaluation: Manifest | None, *, 
         "evaluation": evaluation.path if evaluation is not None else None,
         "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "proven": proven,
+        "before": before or [],
     }
+
+
+def live(work: Work) -> dict[str, Any]:
+    """Return the pointer as it is now; empty when there is none, or none that can be read."""
+    try:
+        now = work.store.read_json(f"{work.config.project}/{LIVE}")
+    except (FileNotFoundError, ValueError):
+        return {}
+    return now if isinstance(now, dict) else {}
+
+
+def earlier(now: dict[str, Any], generation: Manifest) -> list[dict[str, str]]:
+    """Return what was live before `generation`, the last first: each once, and `BEFORE` of them."""
+    given = now.get("before")
+    known = [one for one in given if isinstance(one, dict)] if isinstance(given, list) else []
+    stack = [{"version": now.get("version"), "generation": now.get("generation")}, *known]
+    found: dict[str, dict[str, str]] = {}
+    for one in stack:
+        path = one.get("generation")
+        if isinstance(path, str) and path != generation.path and path not in found:
+            found[path] = {"version": str(one.get("version")), "generation": path}
+    return list(found.values())[:BEFORE]
 
 
 def put(work: Work, told: dict[str, Any]) -> None:
     """Put the pointer; one that says the same stays, so that nobody switches for nothing."""
-    path = f"{work.config.project}/{LIVE}"
-    try:
-        now = work.store.read_json(path)
-    except (FileNotFoundError, ValueError):
-        now = None
-    if not isinstance(now, dict) or {**now, "at": None} != {**told, "at": None}:
-        work.store.put(path, json.dumps(told, indent=1, sort_keys=True).encode())
+    now = live(work)
+    if {**now, "at": None} != {**told, "at": None}:
+        work.store.put(f"{work.config.project}/{LIVE}", json.dumps(told, indent=1, sort_keys=True).encode())
