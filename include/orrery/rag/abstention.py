@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -283,12 +284,12 @@ def open_calibration(store: Store, evaluation: Manifest, scratch: Path) -> Calib
 def read_lexicon(file: Path, tokenizer: Any = None) -> Lexicon:
     """Read lexicon.npz. Raises `UserError` when it is none."""
     try:
-        with np.load(file, allow_pickle=False) as held:
+        with file.open("rb") as f, np.load(f, allow_pickle=False) as held:
             pieces = held.get("pieces")
             return Lexicon(
                 int(held["chunks"]), held["hashes"], held["counts"], str(held["language"]), pieces, tokenizer
             )
-    except (OSError, ValueError, KeyError, EOFError) as e:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
         raise UserError(f"{file} is no lexicon: {type(e).__name__}: {e}", hint="run evaluate again") from None
 
 

@@ -84,8 +84,8 @@ def cross_fit(
             threshold = _threshold(x[train], y[train], unit[train], seed + repeat)
             probabilities[repeat, test] = _predict(_fit(x[train], y[train]), x[test])
             abstained[repeat, test] = probabilities[repeat, test] < threshold
-    low, high = wilson(abstained[:, ~y].mean(), int((~y).sum()))
-    wrong_low, wrong_high = wilson(abstained[:, y].mean(), int(y.sum()))
+    low, high = wilson(float(abstained[:, ~y].mean()), int((~y).sum()))
+    wrong_low, wrong_high = wilson(float(abstained[:, y].mean()), int(y.sum()))
     return Measured(
         float(abstained[:, ~y].mean()),
         low,
