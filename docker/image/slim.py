@@ -82,14 +82,15 @@ UNUSED = {
     "llm": (S3_ALONE, NO_DATABASE, NO_STUBS, FEW_LEXERS),
     "rag": (S3_ALONE,),
 }
-# What an environment is for, to be imported when all is removed: a build that lacks it must not end well.
+# What an environment is for, to be imported when all is removed: a build that lacks it must not end well. (xllamacpp
+# wants a library of Debian's, which only the image that ships has: tests/prove_images.py has it write.)
 USED = {
     "serve": (
         *("fastapi", "uvicorn", "uvloop", "prometheus_client", "openai", "numpy", "numpy.random", "onnxruntime"),
         *("tokenizers", "Stemmer", "qdrant_client", "qdrant_edge"),
         *("s3fs", "sqlalchemy.dialects.sqlite", "rich.traceback"),
     ),
-    "llm": ("xllamacpp", "s3fs", "sqlalchemy.dialects.sqlite", "rich.traceback"),
+    "llm": ("s3fs", "sqlalchemy.dialects.sqlite", "rich.traceback"),
     "rag": ("torch", "onnx", "onnxruntime", "tokenizers", "sklearn", "qdrant_client", "qdrant_edge", "s3fs", "psycopg"),
 }  # fmt: skip
 

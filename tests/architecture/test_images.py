@@ -336,4 +336,4 @@ def test_what_an_environment_does_not_use_goes_and_what_it_needs_is_imported(tmp
     code, said = slim(without="sqlalchemy/testing/a.py")
     assert code == 1 and "sqlalchemy/testing" in said and "matches nothing" in said
     code, said = slim(code="1")
-    assert code == 1 and "import xllamacpp" in said
+    assert code == 1 and "import s3fs" in said
