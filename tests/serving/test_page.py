@@ -39,7 +39,12 @@ LONG = (
 )
 MORE = (
     Passage(f"The hostile lantern {EVIL} [1]", title=EVIL, uri="javascript:window.hacked=1", heading=(EVIL,)),
-    Passage("A hostile lantern hangs in the cellar.", title="Cellar", uri="https://docs.example.org/cellar?a=1&b=2"),
+    Passage(
+        "A hostile lantern hangs in the cellar.",
+        title="Cellar",
+        uri="https://docs.example.org/cellar?a=1&b=2",
+        heading=("Cellar", "Lamps"),
+    ),
     Passage(LONG, title="Storeroom", uri="http://docs.example.org/store"),
 )
 CONTRAST = """(() => {
@@ -183,7 +188,7 @@ def test_a_question_is_answered_as_it_is_written_with_sources(page: Page, open_s
     assert text(page, "#sources .where") == "Operations › Wind · guides/dome.md"
     assert {"dome", "wind"} <= {m.lower() for m in texts(page, "#source-1 mark")}
     assert "· generation " in text(page, "#print") and text(page, "#print").endswith("written by tiny")
-    assert "4 sources" in text(page, "#state") or "source" in text(page, "#state")
+    assert text(page, "#state").startswith("Answered with ")
     assert page.js("document.getElementById('source-1').classList.contains('cited')")
     assert page.js("window.moved || 0") < 0.1
     assert page.said == []
@@ -236,6 +241,9 @@ def test_text_of_documents_and_models_stays_text(page: Page, open_service: Writt
     links = page.js("[...document.querySelectorAll('#result a:not(.cite)')].map(e => [e.href, e.rel])")
     assert links == [["https://docs.example.org/cellar?a=1&b=2", "noopener noreferrer"]]
     assert text(page, "#source-1 .where").endswith("javascript:window.hacked=1")
+    assert (
+        text(page, "#source-2 .where") == "Lamps · https://docs.example.org/cellar?a=1&b=2"
+    )  # the title is there once
     assert page.said == []
     shoot(page, "hostile-1280-light")
 

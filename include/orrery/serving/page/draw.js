@@ -75,6 +75,12 @@ function titled(source) {
   return [element("a", { href: source.uri, target: "_blank", rel: "noopener noreferrer" }, title)];
 }
 
+/** Return the headings above a passage, without the first where that is the title again. */
+function below(source) {
+  const parts = source.heading.split(" › ");
+  return (parts[0] === source.title ? parts.slice(1) : parts).join(" › ");
+}
+
 /** Return one source's list item. `more` returns the promise of its whole passage. */
 export function sourceItem(source, number, best, more) {
   const item = element("li", { id: `source-${number}`, tabindex: "-1" });
@@ -86,7 +92,7 @@ export function sourceItem(source, number, best, more) {
   const title = element("h3", { id: `source-title-${number}` }, ...titled(source));
   const page = source.page === null || source.page === undefined ? "" : `page ${source.page}`;
   const shown = source.title ? source.uri : "";
-  const where = [source.heading, page, shown].filter(Boolean).join(" · ");
+  const where = [below(source), page, shown].filter(Boolean).join(" · ");
   item.setAttribute("aria-labelledby", `source-title-${number}`);
   item.append(element("div", { class: "source-head" },
     element("span", { class: "number", "aria-label": `Source ${number}` }, `${number}`), title, score,
