@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -33,8 +33,8 @@ from orrery.rag.embedding.stopwords import STOP_WORDS
 from orrery.store import Manifest, Store
 
 CALIBRATION, LEXICON = "calibration.json", "lexicon.npz"
-Array = npt.NDArray[np.float64]
-Vectors = npt.NDArray[np.float32]
+Array: TypeAlias = npt.NDArray[np.float64]
+Vectors: TypeAlias = npt.NDArray[np.float32]
 # Cosine that two words need to say the same, about; below, they only come from the same world.
 ALIKE = 0.5
 # Words of one passage that are compared with the question's.
@@ -252,11 +252,16 @@ class Calibration:
         """Read what `to_json` wrote. Raises `UserError` when it is nothing that can be scored with."""
         try:
             told = json.loads(text)
-            rows = [tuple(map(float, told[name])) for name in ("center", "scale", "weights")]
+            center, scale, weights = (tuple(map(float, told[n])) for n in ("center", "scale", "weights"))
             names = tuple(map(str, told["names"]))
-            made = cls(names, *rows, float(told["bias"]), float(told["threshold"]), dict(told["measured"]), lexicon)
-            numbers = [*(n for row in rows for n in row), made.bias, made.threshold]
-            if {len(row) for row in rows} != {len(names)} or not all(map(math.isfinite, numbers)) or 0 in made.scale:
+            bias, threshold = float(told["bias"]), float(told["threshold"])
+            made = cls(names, center, scale, weights, bias, threshold, dict(told["measured"]), lexicon)
+            numbers = [*center, *scale, *weights, bias, threshold]
+            if (
+                {len(center), len(scale), len(weights)} != {len(names)}
+                or not all(map(math.isfinite, numbers))
+                or 0 in made.scale
+            ):
                 raise ValueError("its numbers do not fit together")
             if unknown := set(names) - set(SIGNALS):
                 raise ValueError(f"unknown signals {', '.join(sorted(unknown))}")

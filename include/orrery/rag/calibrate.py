@@ -112,8 +112,9 @@ def fit(
     center, scale, weights, bias = _fit(x, y)
     unit = np.arange(len(y))
     threshold = float(np.mean([_threshold(x, y, unit, seed + r, FOLDS) for r in range(REPEATS)]))
-    rows = [tuple(round(float(v), 9) for v in row) for row in (center, scale, weights)]
-    return Calibration(tuple(names), *rows, round(bias, 9), round(threshold, 9), dict(measured or {}), lexicon)
+    middle, spread, each = (tuple(round(float(v), 9) for v in row) for row in (center, scale, weights))
+    bias, threshold = round(bias, 9), round(threshold, 9)
+    return Calibration(tuple(names), middle, spread, each, bias, threshold, dict(measured or {}), lexicon)
 
 
 _Fitted = tuple[Array, Array, Array, float]
