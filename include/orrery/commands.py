@@ -131,6 +131,8 @@ def _run_knowledge(
         raise RequestError("rollback is a command of its own", hint=f"orrery rollback {planner.project}")
     if step != "reindex" and step not in chain:
         raise RequestError(f"unknown step {step!r}", hint=nearest(step, ["reindex", *chain]))
+    if partial and step not in ("reindex", "collect"):
+        raise RequestError(f"--partial is for collect, not for {step}")
     now = datetime.now(UTC)
     # It names the generation; what is read is what the sources hold now, whatever the day is called.
     keys = planner.partitions_of(day or key_of(now, planner.grain), None)

@@ -227,7 +227,7 @@ class Ledger:
             if change.kind == "rollback" and version in stack:
                 while stack[-1] != version:
                     stack.pop()
-            else:
+            elif stack[-1:] != [version]:  # promoted anew, on another evaluation, it is no other champion
                 stack.append(version)
         return stack
 

@@ -147,7 +147,7 @@ class BasePlanner(ABC):
             key=request.key,
             partitions=request.partitions,
             sample=request.sample,
-            publish=request.sample == 1,
+            publish=self._publishes(request),
             params=values,
             inputs=inputs,
             store=self.store.uri,
@@ -304,6 +304,10 @@ class BasePlanner(ABC):
     def outlives(self, name: str) -> float:
         """Return how many seconds a step may need to save its state when it is told to stop."""
         return 0.0
+
+    def _publishes(self, request: Request) -> bool:
+        """Tell whether the output becomes its dataset's partition."""
+        return request.sample == 1
 
     def _scope(self, request: Request) -> dict[str, Any]:
         """Return what of the request shapes an output: the partitions that were asked for, and how much of them."""

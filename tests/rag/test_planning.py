@@ -84,7 +84,11 @@ def test_documents_are_compared_with_those_before(house: House) -> None:
     assert house.plan("collect").config.params["before"] is None
     house.run("collect")
     assert house.plan("collect", LATER).config.params["before"] == house.manifest("documents").path
-    assert house.plan("collect", "2026-01-01").config.params["before"] is None, "not with a later day's"
+    assert house.plan("collect", "2026-01-01").config.params["before"] == house.manifest("documents").path
+    house.document("guides/c.md", "# Plums\n\nPlums are blue.\n")
+    house.run("collect", LATER, run="run-2")
+    # A day chooses nothing: an earlier one must not bring back what was before.
+    assert house.plan("collect").config.params["before"] == house.manifest("documents", LATER).path
 
 
 def test_a_version_is_the_number_after_those_that_were_live_and_stays_a_generations(house: House) -> None:

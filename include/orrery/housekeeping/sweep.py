@@ -38,6 +38,7 @@ from orrery.housekeeping.references import DAY, Marks, Recorded, mark, named
 from orrery.lease import Lease
 from orrery.ledger import Ledger, Phase
 from orrery.platform import Retention
+from orrery.rag.planning import POINTER
 from orrery.store import Manifest, Store, trouble
 
 BATCH = 256  # documents read at once
@@ -160,8 +161,22 @@ class Sweep:
                 if entry.kind in ("run", "decision") and (output := p.get("output")):
                     at = _seconds(entry.at)
                     found.used[str(output)] = max(found.used.get(str(output), 0.0), at)
+        found.forever = self._kept_generations(project, found.forever)
         found.forever = {path for path in found.forever if path.startswith(f"{project}/")}
         return found
+
+    def _kept_generations(self, project: str, forever: set[str]) -> set[str]:
+        """Return what is kept for ever; of a knowledge base, which has a new generation a night, what is or was live.
+
+        A rollback goes back to those that `live.json` names; older ones go by `retention.outputs` like any output.
+        """
+        try:
+            live = self.store.read_json(f"{project}/{POINTER}")
+        except FileNotFoundError:
+            return forever
+        except ValueError:  # nobody knows what it named
+            return forever
+        return set(named(live))
 
     def _refuse_half_a_listing(self, inventory: Inventory, records: dict[str, Recorded]) -> None:
         """Raise `UserError` where the store has what the ledger names and the listing lacks it."""

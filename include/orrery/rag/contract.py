@@ -53,6 +53,7 @@ class ProveParams(Params):
     seed: int = 0
     draws: int = 1000
     qdrant: str | None = None
+    live_is_proven: bool = Field(False, description="Whether what is live was proven on questions.")
     judge: dict[str, Any] | None = Field(None, description="`LanguageModel` of platform.yaml that judges answers.")
 
 

@@ -200,7 +200,13 @@ class _Measured:
         result = Result(
             metrics={k: float(v) for k, v in metrics.items() if v is not None},
             reasons=[*self._sentences(report), *self.reasons],
-            facts={"proven": bool(self.questions), "primary": QUALITY[0], "sound": self.whole.sound},
+            facts={
+                "proven": bool(self.questions),
+                "primary": QUALITY[0],
+                "sound": self.whole.sound,
+                # What was measured holds for these settings: the service asks with them.
+                "retrieval": self.spec.retrieval.model_dump(mode="json"),
+            },
         )
         drawn = figures.draw(self.work.config.key, report, self._probabilities())
         page = figures.page(f"{self.work.config.project} {self.work.config.key}", report, result.metrics, drawn)
@@ -221,7 +227,7 @@ class _Measured:
         if live is None and (manifest := next(iter(self.work.inputs("live")), None)) is not None:
             live = {"generation": manifest.address, "key": manifest.key, "unusable": None}
         if live is not None:
-            live = {**live, "proven": self._live_is_proven()}
+            live = {**live, "proven": self.params.live_is_proven}
         lost = self.own.labels.lost if self.own is not None else {}
         return {
             "metrics": metrics,
@@ -252,15 +258,6 @@ class _Measured:
             told["probability"] = round(float(self.told.probabilities[number]), 6)
             told["abstained"] = bool(self.told.shares[number] > 0.5)
         return told
-
-    def _live_is_proven(self) -> bool:
-        """Tell what the pointer says of the live generation; when it names another, this one counts as proven."""
-        manifest = self.work.input("live")
-        try:
-            pointer = self.work.store.read_json(f"{self.work.config.project}/{LIVE}")
-            return bool(pointer["proven"]) if pointer["generation"] == manifest.path else True
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return True
 
     def _write(self, report: Mapping[str, Any]) -> None:
         self.work.write_json("report.json", report)

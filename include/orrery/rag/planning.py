@@ -6,7 +6,7 @@ import os
 from typing import Any, ClassVar
 
 from orrery import bundle, fingerprint, platform
-from orrery.contract import Kind, Params, Verb
+from orrery.contract import Kind, Params, Result, Verb
 from orrery.errors import RequestError, SpecError, nearest
 from orrery.ledger import Ledger
 from orrery.partitions import Grain
@@ -27,8 +27,11 @@ READS: dict[str, tuple[str, ...]] = {
 }
 # What they make, or look at, on a server may have been changed behind their back: there they are never left out.
 ON_A_SERVER = ("index", "evaluate")
+# Of so many days, the last ones, the documents collected last are looked for.
+NEWEST = 14
 USE_QDRANT = (*ON_A_SERVER, "promote", "rollback")
 QDRANT_KEY = "ORRERY_QDRANT_KEY"
+POINTER = "live.json"
 LIVE = "live"  # an option of `evaluate`: look at the live generation instead of the one just made
 
 
@@ -86,6 +89,30 @@ class KnowledgePlanner(BasePlanner):
         if self.platform.qdrant is not None and verb.name in ON_A_SERVER:
             return None
         return super()._address(verb, print_, request)
+
+    def _released(self, request: Request, inputs: Inputs) -> Result | None:
+        """Return the end of a release with nothing to do; what services follow counts, not the ledger alone."""
+        done = super()._released(request, inputs)
+        if done is None or done.verdict == "kept":
+            return done
+        live, verdict = self.pointer(), self.store.need(inputs["verdict"][0])
+        same = live.get("generation") == inputs["candidate"][0].path
+        proven = bool(live.get("proven"))
+        # Evaluated anew, on other questions or settings, it is told anew; without questions what was proven stands.
+        told = live.get("evaluation") == inputs["evaluation"][0].path and proven == bool(verdict.facts.get("proven"))
+        return done if same and (told or (proven and not verdict.facts.get("proven"))) else None
+
+    def pointer(self) -> dict[str, Any]:
+        """Return what services follow; empty where that is not there, or is no pointer."""
+        try:
+            found = self.store.read_json(f"{self.project}/{POINTER}")
+        except (FileNotFoundError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _publishes(self, request: Request) -> bool:
+        # A look at what is live must not become the evaluation of the candidate of that day.
+        return super()._publishes(request) and not request.options.get(LIVE)
 
     def _compute(self, verb: Verb) -> str:
         return self.spec.embedder.compute if verb.name == "embed" else verb.compute
@@ -205,10 +232,15 @@ class KnowledgePlanner(BasePlanner):
     def _params_collect(self, request: Request) -> Params:
         values = {"root": str(platform.home()), "data": self.platform.data}
         sources = {name: self._origin(name, source, values) for name, source in self.spec.sources.items()}
-        known = [key for key in self.store.keys(self.project, "documents") if key <= request.key]
-        before = self.store.latest(self.project, "documents", known[-1]) if known else None
-        told = {"sources": sources, "before": before.manifest if before else None, **request.options}
+        told = {"sources": sources, "before": self._newest_documents(request.key), **request.options}
         return self.verbs["collect"].params.model_validate(told)
+
+    def _newest_documents(self, key: str) -> str | None:
+        """Return the manifest of the documents collected last, whatever their day is called: sources have none."""
+        keys = self.store.keys(self.project, "documents")
+        there = (self.store.latest(self.project, "documents", k) for k in dict.fromkeys([*keys[-NEWEST:], key]))
+        last = max((p for p in there if p is not None), key=lambda p: p.created, default=None)
+        return last.manifest if last is not None else None
 
     def _origin(self, name: str, source: DocumentSource, values: dict[str, str]) -> OriginRef:
         filled = {}
@@ -229,7 +261,10 @@ class KnowledgePlanner(BasePlanner):
         judge = None
         if self.spec.judge is not None:
             judge = self.endpoint(self.spec.judge, "judge")
-        return self.verbs["evaluate"].params.model_validate({"qdrant": self.platform.qdrant, "judge": judge})
+        now = self.champion()
+        proven = bool(now is not None and self.pointer().get("proven", True))
+        told = {"qdrant": self.platform.qdrant, "judge": judge, "live_is_proven": proven}
+        return self.verbs["evaluate"].params.model_validate(told)
 
     def endpoint(self, name: str, field: str) -> dict[str, Any]:
         """Return a language model of platform.yaml. Raises `SpecError` that lists what there is."""
