@@ -132,3 +132,49 @@ def test_a_failed_step_tells_how_to_repeat_it(house: House) -> None:
     house.document("guides/b.md", None)
     with pytest.raises(runner.UserError, match="orrery reproduce notes"):
         house.run("collect")
+
+
+def asked(name: str, number: int) -> dict[str, object]:
+    return {
+        "id": f"q{number}",
+        "question": f"What colour are {name}?",
+        "answerable": True,
+        "passages": [{"uri": f"{name[0]}.md", "quote": f"{name.capitalize()} are"}],
+    }
+
+
+def test_a_generation_that_is_proven_later_is_told_to_services(house: House) -> None:
+    """Nothing has changed but that there are questions now."""
+    house.document("guides/a.md", "# Apples\n\nApples are red.\n")
+    house.reindex()
+    first = house.store.read_json(f"{rag_house.PROJECT}/live.json")
+    assert first["proven"] is False
+    house.questions(asked("apples", 1))
+    again = house.reindex(run="run-2")
+    now = house.store.read_json(f"{rag_house.PROJECT}/live.json")
+    assert again["promote"].skipped is None and now["proven"] is True
+    assert now["generation"] == first["generation"] and now["evaluation"] != first["evaluation"]
+    assert house.planner().ledger.champions(rag_house.PROJECT) == ["1"], "it is no other champion"
+    assert house.reindex(run="run-3")["promote"].skipped
+
+
+def test_a_pointer_that_lags_behind_the_ledger_is_put_right(house: House) -> None:
+    house.reindex()
+    before = house.store.read(f"{rag_house.PROJECT}/live.json")
+    house.document("guides/a.md", "# Apples\n\nApples are sweet.\n")
+    house.reindex(run="run-2")
+    house.store.put(f"{rag_house.PROJECT}/live.json", before)  # as a rollback that was torn off leaves it
+    house.reindex(run="run-3")
+    assert house.store.read_json(f"{rag_house.PROJECT}/live.json")["version"] == "2"
+    house.store.remove(f"{rag_house.PROJECT}/live.json")
+    house.reindex(run="run-4")
+    assert house.store.read_json(f"{rag_house.PROJECT}/live.json")["version"] == "2"
+
+
+def test_a_look_at_what_is_live_is_no_evaluation_of_a_candidate(house: House) -> None:
+    house.reindex()
+    house.document("guides/a.md", "# Apples\n\nApples are sweet.\n")
+    house.reindex(run="run-2", until="evaluate")
+    house.run("evaluate", run="run-3", live=True)
+    house.run("gate", run="run-2")
+    assert house.run("promote", run="run-2").facts["model_version"] == "2"

@@ -210,6 +210,8 @@ class KnowledgePlanner(BasePlanner):
             return self._publish(request, inputs["candidate"][0].path)
         if verb.name == "rollback":
             return self._publish(request, inputs["model"][0].path)
+        if verb.name == "evaluate":
+            return self._evaluating(rival="live" in inputs)
         return super()._params_of(verb, request, inputs)
 
     def _publish(self, request: Request, model: str) -> Params:
@@ -257,12 +259,11 @@ class KnowledgePlanner(BasePlanner):
     def _params_index(self, request: Request) -> Params:
         return self.verbs["index"].params.model_validate({"qdrant": self.platform.qdrant})
 
-    def _params_evaluate(self, request: Request) -> Params:
+    def _evaluating(self, *, rival: bool) -> Params:
         judge = None
         if self.spec.judge is not None:
             judge = self.endpoint(self.spec.judge, "judge")
-        now = self.champion()
-        proven = bool(now is not None and self.pointer().get("proven", True))
+        proven = rival and bool(self.pointer().get("proven", True))
         told = {"qdrant": self.platform.qdrant, "judge": judge, "live_is_proven": proven}
         return self.verbs["evaluate"].params.model_validate(told)
 
