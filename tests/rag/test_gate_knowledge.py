@@ -214,3 +214,10 @@ def test_a_report_is_read_with_its_latency() -> None:
     assert found.lost == 1
     with pytest.raises(KeyError):
         read({"questions": 2}, {})
+
+
+def test_a_live_generation_that_cannot_be_asked_is_held_by_what_was_measured_of_it() -> None:
+    measured = Live(True, {"ndcg_at_10": 0.9, "recall_at_10": 0.9, "mrr": 0.9}, unusable="its archive is gone")
+    decision = decide(Rules(), numbers(metrics={"ndcg_at_10": 0.5, "recall_at_10": 0.9, "mrr": 0.9}, live=measured))
+    assert decision.verdict == "kept"
+    assert any("cannot be asked now (its archive is gone)" in reason for reason in decision.reasons)

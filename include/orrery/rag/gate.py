@@ -203,7 +203,7 @@ def _not_worse(figure: str, worse: float, numbers: Numbers) -> Check:
         return Check(name, None, None, False, why)
     if live is None:
         return Check(name, own, None, True, f"{words} {own:.4f}; there is no other live generation to compare with")
-    if live.unusable is not None:
+    if live.unusable is not None and _share(live.metrics.get(figure)) is None:
         why = f"{words} {own:.4f}; the live generation cannot be asked, so it holds nothing back: {live.unusable}"
         return Check(name, own, None, True, why)
     other = _share(live.metrics.get(figure))
@@ -215,6 +215,9 @@ def _not_worse(figure: str, worse: float, numbers: Numbers) -> Check:
     passed = delta >= -worse - CONTRADICTION
     interval = "no interval" if low is None or high is None else f"95 % interval {low:+.4f} … {high:+.4f}"
     told = f"{words} {own:.4f}, {delta:+.4f} to the live generation's ({interval})"
+    if live.unusable is not None:
+        told = f"{words} {own:.4f}, {delta:+.4f} to what was measured when the live generation went live, "
+        told += f"which cannot be asked now ({live.unusable})"
     verdict = "" if passed else f": that is worse by more than {worse:g}"
     return Check(name, delta, -worse, passed, f"{told}{verdict}")
 

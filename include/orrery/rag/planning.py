@@ -154,7 +154,10 @@ class KnowledgePlanner(BasePlanner):
             "chunks": chunks,
             "documents": self.store.need(chunks[0]).inputs["documents"],
         }
-        return inputs if live is None or live.path == generation.path else {**inputs, "live": (live.ref,)}
+        if live is None or live.path == generation.path:
+            return inputs
+        promised = self._evaluation_of(live)  # counts where it cannot be asked any more
+        return {**inputs, "live": (live.ref,), **({"promised": (promised.ref,)} if promised is not None else {})}
 
     def _live(self) -> Manifest | None:
         now = self.champion()
