@@ -29,6 +29,23 @@ BENCHMARKS = {
         "ml",
         ("train_vs_bare_loop_single", "train_vs_lightning_single", "train_vs_bare_loop_ddp", "train_vs_lightning_ddp"),
     ),
+    "bench_rag_embed": ("rag", ("embed_vs_sentence_transformers", "embed_int8_vs_sentence_transformers")),
+    "bench_rag_quality": (
+        "rag",
+        ("rag_ndcg_handbook_hybrid", "rag_ndcg_handbook_bm25", "rag_ndcg_handbook_dense"),
+    ),
+    "bench_rag_index": (
+        "rag",
+        (
+            *("rag_index_first", "rag_index_unchanged", "rag_index_unchanged_embedded", "rag_index_changed"),
+            *("rag_index_changed_embedded", "rag_index_memory", "rag_search_20k", "rag_search_20k_p99"),
+            *("rag_search_100k", "rag_search_100k_p99"),
+        ),
+    ),
+    "bench_serve": (
+        "serve",
+        ("serve_p50", "serve_p99", "serve_overload_refused", "serve_overload_errors", "serve_overload_memory"),
+    ),
     "bench_pods": ("airflow", ("pods_requests", "pods_overhead")),
     "bench_checkpoint_overhead": ("ml", ("checkpoint_overhead", "checkpoint_cost", "checkpoint_blocked")),
     "bench_stream": ("ml", ("stream_speed", "stream_shuffle_drift", "stream_memory")),
