@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,21 +83,43 @@ def test_who_hangs_up_while_waiting_is_never_searched_for() -> None:
         assert house.service.live.current.opened.holders == 1  # type: ignore[union-attr]
 
 
-def test_connections_that_say_nothing_are_closed() -> None:
-    from orrery.serving.server import _Protocol
+def test_connections_that_say_nothing_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orrery.serving.server._Protocol.header_timeout", 0.2)
+    with serving() as house:
+        port = int(house.url.rsplit(":", 1)[1])
+        for said in (b"", b"POST /query HTTP/1.1\r\nhost: x\r\nx-slow: "):
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
+                sock.sendall(said)
+                assert sock.recv(10) == b""
+        assert house.ask(QUESTION)["sources"]
 
-    before = _Protocol.header_timeout
-    _Protocol.header_timeout = 0.2
-    try:
-        with serving() as house:
-            port = int(house.url.rsplit(":", 1)[1])
-            for said in (b"", b"POST /query HTTP/1.1\r\nhost: x\r\nx-slow: "):
-                with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
-                    sock.sendall(said)
-                    assert sock.recv(10) == b""
-            assert house.ask(QUESTION)["sources"]
-    finally:
-        _Protocol.header_timeout = before
+
+def test_connections_that_begin_another_request_and_stop_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orrery.serving.server._Protocol.header_timeout", 0.3)
+    whole = b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n"
+    unread = b"POST /query HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n"  # answered before its body has come
+    with serving() as house:
+        port = int(house.url.rsplit(":", 1)[1])
+        for first, status in ((whole, b" 200 "), (unread, b" 401 ")):
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
+                sock.sendall(first)
+                assert status in sock.recv(65536).splitlines()[0]
+                # Bytes that drip do not put it off.
+                with suppress(OSError):
+                    for _ in range(100):
+                        sock.sendall(b"G")
+                        sock.settimeout(0.05)
+                        with suppress(TimeoutError):
+                            if sock.recv(10) == b"":
+                                break
+                    else:
+                        raise AssertionError("the connection is held")
+        # One that goes on in time keeps its connection, however long ago it was opened.
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
+            for _ in range(6):
+                sock.sendall(whole)
+                assert b" 200 " in sock.recv(65536).splitlines()[0]
+                time.sleep(0.1)
 
 
 # -- a process of its own, and its end ---------------------------------------------------------------

@@ -44,15 +44,38 @@ class _Protocol(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._head = self.loop.call_later(self.header_timeout, self._check)
+        self._head: asyncio.TimerHandle | None = self.loop.call_later(self.header_timeout, self._check)
+
+    def data_received(self, data: bytes) -> None:
+        # uvicorn's own timer of an idle connection ends with the first byte that comes. This one runs on from that
+        # byte, whatever else drips in, until a request has come whole.
+        if self._head is None and self._waits():
+            self._head = self.loop.call_later(self.header_timeout, self._check)
+        super().data_received(data)
+
+    def handle_events(self) -> None:
+        before = self.cycle
+        super().handle_events()
+        if self.cycle is not before:
+            self._disarm()
+
+    def _waits(self) -> bool:
+        """Tell whether nothing is being answered."""
+        return self.cycle is None or self.cycle.response_complete
 
     def _check(self) -> None:
-        """Close a connection whose first request has not come whole."""
-        if self.cycle is None and not self.transport.is_closing():
+        """Close a connection whose next request has not come whole."""
+        self._head = None
+        if self._waits() and not self.transport.is_closing():
             self.transport.close()
 
+    def _disarm(self) -> None:
+        if self._head is not None:
+            self._head.cancel()
+            self._head = None
+
     def connection_lost(self, exc: Exception | None) -> None:
-        self._head.cancel()
+        self._disarm()
         super().connection_lost(exc)
 
 
