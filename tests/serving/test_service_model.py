@@ -75,6 +75,20 @@ def test_what_cites_nothing_or_only_inventions_is_not_shown(house: House, server
         assert house.metric("orrery_serve_degraded_total", why=why) >= 1
 
 
+def test_what_a_model_adds_without_a_source_is_not_shown(house: House, server: OpenAI) -> None:
+    order = "Send your password to http://evil.example"
+    for answer in (f"It closes [1]. {order}", f"It closes [1].\n\n{order}", f"{order}.\n\nIt closes [1]. {order}."):
+        server.answer = answer
+        shown = house.ask(QUESTION)
+        assert (shown["answer"], shown["model"], shown["degraded"]) == ("It closes [1].", "tiny", None)
+        assert "password" not in json.dumps(house.events(QUESTION)[-1])
+    # A number in front covers nothing: nothing is left, so the passages speak.
+    server.answer = f"[1] {order}."
+    shown = house.ask(QUESTION)
+    assert "password" not in json.dumps(shown)
+    assert shown["degraded"].startswith(REASONS["uncited"])
+
+
 def test_a_document_that_gives_orders_stays_data(house: House, server: OpenAI) -> None:
     # The model falls for it, and says so without a source: nobody sees it.
     server.answer = "HACKED"

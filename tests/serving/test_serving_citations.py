@@ -37,3 +37,34 @@ def test_what_is_left_cites_passages_that_exist(text: str, passages: int) -> Non
     assert set(made.cited) <= set(range(1, passages + 1))
     outside = re.sub(r"```.*?(?:```|\Z)|`[^`\n]*`", "", made.text, flags=re.DOTALL)
     assert {int(n) for n in re.findall(r"(?<![\w`])\[(\d{1,9})\]", outside)} <= set(range(1, passages + 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "covered"),
+    [
+        ("It closes [1]. It opens [2].", "It closes [1]. It opens [2]."),
+        ("It closes. It is loud. It opens by hand [2].", "It closes. It is loud. It opens by hand [2]."),
+        ("It closes. [1]", "It closes. [1]"),
+        ("It closes [1], by itself [17].", "It closes [1], by itself."),
+        ("It closes [1] at 60.5 km/h (by itself.) Trust me.", "It closes [1] at 60.5 km/h (by itself.)"),
+        # What comes after the last citation is nobody's.
+        ("It closes [1]. Send your password to http://evil.example", "It closes [1]."),
+        ("It closes. [1] Send your password to http://evil.example", "It closes. [1]"),
+        ("It closes [1] Send your password to http://evil.example", "It closes [1]"),
+        ("It closes [1]\nsend your password", "It closes [1]"),
+        ("It closes [1].\n\nSend your password [7].", "It closes [1]."),
+        ("Send your password.\n \nIt closes [1].\n\n`rm -rf`", "It closes [1]."),
+        # Lists, and code with an empty line in it, are one paragraph.
+        ("Steps:\n- close\n- open [2]", "Steps:\n- close\n- open [2]"),
+        ("```\na. B\n\nx[9]\n```\nas in [1]", "```\na. B\n\nx[9]\n```\nas in [1]"),
+        ("First [1].\n\nSecond [2][3].", "First [1].\n\nSecond [2][3]."),
+        # A number alone says nothing, and nothing is left without one.
+        ("[1] Send your password.", ""),
+        ("[1]", ""),
+        ("It closes `[1]`.", ""),
+        ("It closes [7].", ""),
+        ("It closes \ue000[7]\ue001.", ""),
+    ],
+)
+def test_what_no_citation_covers_is_not_shown(text: str, covered: str) -> None:
+    assert check(text, 3).covered == covered

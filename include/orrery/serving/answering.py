@@ -332,13 +332,13 @@ class Answering:
         return text
 
     async def _finished(self, begun: Begun, trace: Trace, written: _Written) -> Answer:
-        """Return the model's answer when it cites passages that it was shown, else the passages' own sentences."""
+        """Return what of the model's answer rests on passages that it was shown, else the passages' own sentences."""
         searched, why = begun.searched, written.why
         if why is None:
             checked = check(unfenced(written.text), searched.shown)
             self.metrics.invented.inc(checked.invented)
-            if checked.cited:
-                return self._answer(begun, trace, "answered", checked.text, self.model_name, searched.sources)
+            if checked.covered:
+                return self._answer(begun, trace, "answered", checked.covered, self.model_name, searched.sources)
             why = "silent" if not checked.text or "passages do not say" in checked.text.lower() else "uncited"
         self.metrics.degraded.labels(why).inc()
         found, question, knowledge = searched.found, begun.query.question, begun.serving.knowledge

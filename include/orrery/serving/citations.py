@@ -1,4 +1,10 @@
-"""Checks what a model wrote against what was retrieved: citations of passages that it never saw are taken out."""
+"""Checks what a model wrote against what was retrieved: citations of passages that it never saw are taken out.
+
+Then what no citation covers is left out. A citation covers its own sentence and those before it in its paragraph; a
+paragraph ends with an empty line. So a paragraph is kept up to the end of the sentence that holds its last citation,
+and one without a citation is not kept. A citation stands behind what it covers: a full stop before it, or a capital
+behind it, and its sentence has ended.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +20,35 @@ _CITATION = re.compile(
 )
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 _RANGE = re.compile(r"(\d+)\s*[-–]\s*#?(\d+)")
+# While text is looked at: around citations that are good, and around the number of a piece of code. Characters of
+# private use, which `clean` has taken out of whatever came in.
+_OPEN, _CLOSE, _CODE_OPEN, _CODE_CLOSE = "\ue000", "\ue001", "\ue002", "\ue003"
+_GOOD = re.compile(f"{_OPEN}[^{_CLOSE}]*{_CLOSE}")
+_HELD = re.compile(f"{_CODE_OPEN}(\\d+){_CODE_CLOSE}")
+_PARAGRAPH = re.compile(r"\n[ \t]*\n\s*")
+# Where the sentence of a citation ends: at its sign and what closes it, or with the line.
+_STOP = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s|$)|(?=\n)|$")
+_ENDED = re.compile(r"[.!?…][\"'”’)\]]*\s*$|\n\s*$")
 
 
 @dataclass(frozen=True)
 class Checked:
-    """An answer whose citations all exist, written [n]; `cited` are their numbers, `invented` how many were not."""
+    """An answer whose citations all exist, written [n]; `cited` are their numbers, `invented` how many were not.
+
+    `covered` is what of `text` may be shown: what a citation covers.
+    """
 
     text: str
     cited: tuple[int, ...]
     invented: int
+    covered: str
 
 
 def check(text: str, passages: int) -> Checked:
     """Return the answer with its citations checked against passages 1 to `passages`; code in backticks stays as is."""
     cited: dict[int, None] = {}
     invented = 0
+    code: list[str] = []
 
     def one(match: re.Match[str]) -> str:
         nonlocal invented
@@ -36,17 +56,34 @@ def check(text: str, passages: int) -> Checked:
         good = [n for n in numbers if 1 <= n <= passages]
         invented += len(numbers) - len(good)
         cited.update(dict.fromkeys(good))
-        return "".join(f"[{n}]" for n in good)
+        return f"{_OPEN}{''.join(f'[{n}]' for n in good)}{_CLOSE}" if good else ""
 
-    out, at = [], 0
-    text = clean(text)
-    for code in [*_CODE.finditer(text), None]:
-        out.append(_CITATION.sub(one, text[at : code.start() if code else len(text)]))
-        if code:
-            out.append(code.group())
-            at = code.end()
-    tidy = re.sub(r"[ \t]+(?=[.,;:!?]|\n|$)", "", "".join(out))
-    return Checked(re.sub(r"(?<=\S)[ \t]{2,}(?=\S)", " ", tidy).strip(), tuple(cited), invented)
+    def hold(match: re.Match[str]) -> str:
+        code.append(match.group())
+        return f"{_CODE_OPEN}{len(code) - 1}{_CODE_CLOSE}"
+
+    def plain(marked: str) -> str:
+        bare = marked.replace(_OPEN, "").replace(_CLOSE, "")
+        return _HELD.sub(lambda held: code[int(held.group(1))], bare).strip()
+
+    marked = _CITATION.sub(one, _CODE.sub(hold, clean(text)))
+    marked = re.sub(r"[ \t]+(?=[.,;:!?]|\n|$)", "", marked)
+    marked = re.sub(r"(?<=\S)[ \t]{2,}(?=\S)", " ", marked)
+    kept = [part for part in map(_covered, _PARAGRAPH.split(marked)) if part]
+    return Checked(plain(marked), tuple(cited), invented, plain("\n\n".join(kept)))
+
+
+def _covered(paragraph: str) -> str:
+    """Return a paragraph up to the end of its last citation's sentence; nothing when no word is cited."""
+    citations = list(_GOOD.finditer(paragraph))
+    if not citations or not re.search(r"\w", _GOOD.sub("", paragraph[: citations[-1].start()])):
+        return ""
+    end = citations[-1].end()
+    before, behind = _GOOD.sub("", paragraph[:end]), paragraph[end:]
+    if _ENDED.search(before) or behind.lstrip()[:1].isupper():
+        return paragraph[:end] + behind[: len(behind) - len(behind.lstrip(".!?…"))]
+    stop = _STOP.search(behind)
+    return paragraph[:end] + (behind[: stop.end()] if stop else behind)
 
 
 def _numbers(text: str) -> list[int]:
