@@ -247,7 +247,7 @@ def test_more_missing_than_allowed_stops_the_run_and_commits_nothing(house: Hous
     with pytest.raises(UserError) as caught:
         collect(house, NEXT)
     assert caught.value.message == (
-        "source guides: 3 of the 4 documents known before are gone or cannot be read (75%, `missing` allows 50%): "
+        "source guides: 3 of the 4 documents known before are lost (75%, `missing` allows 50%): "
         "documents/guides/a.md (gone), documents/guides/b.md (gone), documents/guides/c.md (gone). "
         "Nothing was changed."
     )
@@ -274,6 +274,30 @@ def test_exactly_the_allowed_share_may_be_missing_and_failures_count(house: Hous
         UserError, match=r"3 of the 3 .*b\.md \(its content is a PNG image\), .*p\.pdf \(it is a broken PDF"
     ):
         collect(house, "2026-01-07")
+
+
+def test_pages_that_turn_into_one_notice_are_lost_and_a_single_duplicate_is_not_missed(house: House) -> None:
+    house.spec(sources={**LOOSE, "guides": {"uri": "documents/guides", "missing": 0.2}})
+    for name in "efgh":
+        house.document(f"guides/{name}.md", f"# {name}\n\nAll about {name}.\n")
+    collect(house)
+    before = manifests(house)
+    for name in "abcdefgh":
+        house.document(f"guides/{name}.md", "# Sorry\n\nDown for maintenance.\n")
+    with pytest.raises(UserError, match=r"7 of the 8 .* are lost .*b\.md \(its text has become that of .*/a\.md\)"):
+        collect(house, NEXT)
+    assert manifests(house) == before
+    for name in "abcdefgh":
+        house.document(f"guides/{name}.md", f"# {name}\n\nAll about {name}, again.\n")
+    house.document("guides/h.md", "# g\n\nAll about g, again.\n")
+    assert counts(collect(house, NEXT, run="run-2")) == {"documents": 8, "changed": 7, "same": 1, "duplicate": 1}
+
+
+def test_a_document_whose_text_another_took_over_is_not_lost(house: House) -> None:
+    house.spec(sources={**LOOSE, "guides": {"uri": "documents/guides", "missing": 0}})
+    collect(house)
+    house.document("guides/_first.md", PAGES["guides/a.md"])
+    assert counts(collect(house, NEXT)) == {"documents": 5, "new": 1, "same": 4, "duplicate": 1}
 
 
 @pytest.mark.parametrize("missing", [0.5, 1.0])

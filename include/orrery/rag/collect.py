@@ -1,7 +1,8 @@
 """`collect`: read all sources as they are now, and say of each document what became of it since the last time.
 
 A document whose bytes, terms and reader are the same is taken over unread. One that cannot be read today is kept as it
-was. When more than the spec's share of a source's documents is gone or cannot be read, nothing is committed.
+was. When more than the spec's share of a source's documents is lost (gone, unreadable, or turned into the text of
+another: a site that says "down for maintenance" on every page), nothing is committed.
 """
 
 from __future__ import annotations
@@ -218,8 +219,9 @@ class Told:
 
 @dataclass
 class Collected:
-    """What became of one source. `lost`: documents known before that are gone or cannot be read, with why.
+    """What became of one source. `lost`: documents known before that are not there any more, with why.
 
+    Gone, unreadable, or changed into the text of another.
     `dropped`: the spec does not name it any more, so nothing of it is missed.
     """
 
@@ -237,7 +239,7 @@ class Collected:
         self.told.append(Told(self.name, uri, outcome, why, document))
 
     def lose(self, uri: str, why: str, *, away: bool = False) -> None:
-        """Count a document known before as gone or unreadable."""
+        """Count a document known before as lost."""
         self.lost[uri] = why
         self.away += away
 
@@ -373,7 +375,12 @@ class _Source:
         text = text_digest(found.sections) if found else known.text if known else ""
         if text in self._texts:
             id_, first = self._texts[text]
-            self.found.tell(entry.uri, "duplicate", f"its text is that of {first}", id_)
+            why = f"its text is that of {first}"
+            if known is not None and known.text != text:
+                # What it said before is nowhere now: all pages turned into one notice must not pass for one document.
+                why = f"its text has become that of {first}"
+                self.found.lose(entry.uri, why)
+            self.found.tell(entry.uri, "duplicate", why, id_)
             return
         document, why = self._document(entry, taken, known, text)
         outcome: Outcome = "new" if known is None else "same"
@@ -528,7 +535,7 @@ def _lost(name: str, one: Collected) -> str:
     said = ", ".join(examples) + (f" and {more:,} more" if more else "")
     share, allowed = len(one.lost) / one.known, one.allowed
     return (
-        f"source {name}: {len(one.lost):,} of the {one.known:,} documents known before are gone or cannot be read "
+        f"source {name}: {len(one.lost):,} of the {one.known:,} documents known before are lost "
         f"({share:.0%}, `missing` allows {allowed:.0%}): {said}"
     )
 
