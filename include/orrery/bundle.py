@@ -19,7 +19,8 @@ from orrery.errors import SpecError, UserError
 from orrery.store import Store, trouble
 
 MAX_BYTES = 20 << 20
-# Documents for people change no result, so they change no digest; caches are nobody's code.
+# Documents for people change no result, so they change no digest; caches are nobody's code. Not so below folders that
+# are packed wholly: whoever collects documents leaves out what is hidden, and nothing else because of its name.
 IGNORED_SUFFIXES = (".md", ".pyc", ".png")
 IGNORED_NAMES = ("__pycache__", "tests")
 FORKED = 70  # exit code of a fork that is ended; nobody waits for it but the code that made it
@@ -37,9 +38,11 @@ def _files(folder: Path, wholly: tuple[str, ...] = ()) -> list[Path]:
     out = []
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
-        if any(p in IGNORED_NAMES or p.startswith(".") for p in parts):
+        if any(p.startswith(".") for p in parts):
             continue
-        if path.suffix in IGNORED_SUFFIXES and not any(path.is_relative_to(folder / name) for name in wholly):
+        if not any(path.is_relative_to(folder / name) for name in wholly) and (
+            path.suffix in IGNORED_SUFFIXES or any(p in IGNORED_NAMES for p in parts)
+        ):
             continue
         if path.is_symlink():
             raise SpecError(f"{path}: a project folder may hold no symbolic links", hint="copy the file")
@@ -51,7 +54,7 @@ def _files(folder: Path, wholly: tuple[str, ...] = ()) -> list[Path]:
 def pack(folder: Path, wholly: tuple[str, ...] = ()) -> Bundle:
     """Pack a project folder. The digest is sha256 over (path, sha256 of the bytes) of every file, sorted.
 
-    `wholly`: folders in it that are packed with documents for people, too: a knowledge base reads them.
+    `wholly`: folders in it of which all is packed that is not hidden: a knowledge base reads them.
     """
     files = _files(folder, wholly)
     total = sum(f.stat().st_size for f in files)
@@ -115,7 +118,7 @@ def fetch(store: Store, digest: str, target: Path) -> Path:
                 _unpack(tar, member, target)
     except tarfile.TarError as e:
         raise UserError(f"{store.uri}/{path_of(digest)}: not a bundle ({e})") from None
-    # No cache: an archive's files all have the same time. No more names than the digest covers: a forged
+    # No cache: an archive's files all have the same time. All names count, and no more than the digest covers: a forged
     # `__pycache__` would be imported instead of the source beside it.
     packed = [str(f.relative_to(target)) for f in _files(target, (".",))]
     found = _pack(target, packed).digest

@@ -87,6 +87,22 @@ def test_the_digest_is_of_names_and_bytes(folder: Path, tmp_path: Path) -> None:
     assert bundle.pack(folder).digest not in (before.digest, renamed.digest)
 
 
+def test_of_folders_that_are_packed_wholly_only_what_is_hidden_stays_out(
+    folder: Path, store: Store, tmp_path: Path
+) -> None:
+    kept = ["guide.md", "tests/howto.md", "__pycache__/x.pyc", "deep/tests/image.png"]
+    for name in [*kept, ".git/x.md", "deep/.hidden.md"]:
+        for parent in ("documents/guides", "sub/tests"):
+            path = folder / parent / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(name)
+    packed = bundle.pack(folder, ("documents/guides",))
+    bundle.push(store, packed)
+    found = members(bundle.fetch(store, packed.digest, tmp_path / "there"))
+    assert sorted(name for name in found if "documents" in name) == sorted(f"documents/guides/{name}" for name in kept)
+    assert not any("tests" in name for name in found if not name.startswith("documents"))
+
+
 def test_links_and_heaps_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "passwd").symlink_to("/etc/passwd")
     with pytest.raises(SpecError, match="passwd: a project folder may hold no symbolic links"):

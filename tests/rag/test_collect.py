@@ -434,6 +434,15 @@ def test_links_out_of_the_folder_pipes_and_odd_names(house: House, tmp_path: Pat
     assert b"secret" not in house.read("documents", "documents.jsonl")
 
 
+def test_no_name_of_a_folder_but_a_hidden_one_leaves_documents_out(house: House) -> None:
+    for name in ("tests/howto.md", "__pycache__/odd.md", ".git/hidden.md"):
+        house.document(f"guides/{name}", f"# {name}")
+    collect(house)
+    found = {uri.removeprefix("documents/guides/") for uri in documents(house)}
+    assert found > {"tests/howto.md", "__pycache__/odd.md"}
+    assert ".git/hidden.md" not in found
+
+
 def test_patterns_choose_files(house: House) -> None:
     house.document("guides/drafts/x.md", "# X\n\ndraft")
     house.document("guides/deep/er/y.md", "# Y\n\ndeep")
