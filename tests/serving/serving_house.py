@@ -27,6 +27,7 @@ from orrery.errors import UserError
 from orrery.rag.spec import KnowledgeBaseSpec
 from orrery.serving.answering import Model
 from orrery.serving.app import Service
+from orrery.serving.declared import Declared
 from orrery.serving.server import Server, listen, make
 from orrery.serving.settings import Settings
 from orrery.serving.tokens import Tokens, add
@@ -151,6 +152,7 @@ class Planted:
         self,
         question: str,
         groups: frozenset[str],
+        sources: frozenset[str],
         top_k: int,
         filters: Mapping[str, list[str]] | None,
         stages: dict[str, float],
@@ -173,16 +175,16 @@ class Planted:
             Passage(
                 **{**p.__dict__, "score": len(wanted & set(self.terms(f"{p.title} {p.text}"))) / len(wanted or {1})}
             )
-            for p in self._seen(groups)
+            for p in self._seen(groups, sources)
             if all(getattr(p, k) in v for k, v in (filters or {}).items())
         ]
         return sorted((p for p in found if p.score > 0), key=lambda p: -p.score)[:top_k]
 
-    def _seen(self, groups: frozenset[str]) -> list[Passage]:
-        return [p for p in self.passages if groups & set(p.groups)]
+    def _seen(self, groups: frozenset[str], sources: frozenset[str]) -> list[Passage]:
+        return [p for p in self.passages if groups & set(p.groups) and p.source in sources]
 
-    def passage(self, id: str, groups: frozenset[str]) -> Passage | None:
-        return next((p for p in self._seen(groups) if p.id == id), None)
+    def passage(self, id: str, groups: frozenset[str], sources: frozenset[str]) -> Passage | None:
+        return next((p for p in self._seen(groups, sources) if p.id == id), None)
 
     def terms(self, text: str) -> list[str]:
         return [w for w in WORD.findall(text.lower()) if w not in STOP]
@@ -235,6 +237,9 @@ class House:
 
     def __init__(self, folder: Path, spec: dict[str, Any], opener: Any, settings: Settings, anonymous: bool) -> None:
         self.folder, self.opener = folder, opener
+        self.project = folder / "project"
+        self.project.mkdir(exist_ok=True)
+        self.declare(spec)
         self.spec = KnowledgeBaseSpec.model_validate(spec)
         self.store = Store(f"file://{folder / 'store'}")
         self.settings = settings
@@ -252,6 +257,7 @@ class House:
         self.service = Service(
             project=PROJECT,
             spec=self.spec,
+            declared=Declared.read(self.project),
             store=self.store,
             opener=self.opener,
             scratch=scratch,
@@ -276,6 +282,16 @@ class House:
         self.server.should_exit = True
         self._thread.join(15)
         assert not self._thread.is_alive(), "the service did not stop"
+
+    # -- the spec --------------------------------------------------------------------------------
+
+    def declare(self, spec: dict[str, Any] | str) -> None:
+        """Write the project's spec, which the service looks at with the next question."""
+        beside = self.project / "spec.new"
+        beside.write_text(spec if isinstance(spec, str) else yaml.safe_dump(spec))
+        beside.replace(self.project / "spec.yaml")
+        if hasattr(self, "service"):
+            self.service.access._looked = 0.0
 
     # -- the store ----------------------------------------------------------------------------
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving_house import PASSAGES, PROJECT, QUICK, House, Passage, events_of, serving, wait_for
+from serving_house import PASSAGES, PROJECT, QUICK, SPEC, House, Passage, events_of, serving, wait_for
 
 from orrery.errors import TryAgain
 from orrery.serving.contract import Answer, Info
@@ -237,6 +238,61 @@ def test_no_passage_leaks_across_groups(
     for passage in CROWD:
         status = crowd.get(f"/sources/{passage.id}", sorted(groups)).status_code
         assert status == (200 if passage.id in mine else 404)
+
+
+SOURCES = ("guides", "team", "late")
+SHELVES = [
+    Passage(f"The engine {n} of {source} hums.", uri=f"{source}/{n}.md", source=source, groups=groups)
+    for source in (*SOURCES, "unknown")
+    for n, groups in enumerate([("a",), ("b",), ("everyone",), ("a", "b", "everyone")])
+]
+
+
+@pytest.fixture(scope="module")
+def shelves() -> Iterator[House]:
+    with serving(passages=SHELVES, abstain_below=None) as house:
+        yield house
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    declared=st.dictionaries(
+        st.sampled_from(SOURCES), st.sets(st.sampled_from(GROUPS[:3]), min_size=1), min_size=1, max_size=3
+    ),
+    groups=st.sets(st.sampled_from(GROUPS[:3])),
+    chosen=st.none() | st.sampled_from([*SOURCES, "unknown"]),
+)
+def test_what_the_spec_closes_is_closed_without_a_reindex(
+    shelves: House, declared: dict[str, set[str]], groups: set[str], chosen: str | None
+) -> None:
+    told = {name: {"uri": name, "groups": sorted(readers)} for name, readers in declared.items()}
+    shelves.declare({**SPEC, "sources": told})
+    who = groups | {"everyone"}
+    mine = {p.id for p in SHELVES if set(p.groups) & who and declared.get(p.source, set()) & who}
+    wanted = {p.id for p in SHELVES if p.id in mine and chosen in (None, p.source)}
+    filters = {"source": [chosen]} if chosen else None
+    shown = {s["id"] for s in shelves.ask("engine hums", sorted(groups), top_k=50, filters=filters)["sources"]}
+    assert shown == wanted
+    for passage in SHELVES:
+        status = shelves.get(f"/sources/{passage.id}", sorted(groups)).status_code
+        assert status == (200 if passage.id in mine else 404)
+
+
+def test_a_broken_spec_leaves_the_one_before_in_force_and_is_told() -> None:
+    question = "Where is the key of the mirror cell?"
+    with serving(abstain_below=None) as house:
+        assert SECRET.id in {s["id"] for s in house.ask(question, ["team"])["sources"]}
+        house.declare({**SPEC, "sources": {**SPEC["sources"], "team": {"uri": "team", "groups": ["few"]}}})
+        assert SECRET.id not in {s["id"] for s in house.ask(question, ["team"])["sources"]}
+        for broken in ("version: [", yaml.safe_dump({**SPEC, "sources": {}}), yaml.safe_dump({"kind": "model"})):
+            house.declare(broken)
+            told = house.get("/health/ready")
+            assert (told.status_code, told.json()["status"]) == (200, "degraded")
+            assert any("spec.yaml" in p for p in told.json()["problems"])
+            assert house.get(f"/sources/{SECRET.id}", ["team"]).status_code == 404
+        house.declare(SPEC)
+        assert house.get(f"/sources/{SECRET.id}", ["team"]).status_code == 200
+        assert house.get("/health/ready").json()["problems"] == []
 
 
 def test_documents_come_out_cleaned(house: House) -> None:

@@ -90,6 +90,24 @@ def test_groups_are_enforced_inside_of_the_index(house: House) -> None:
     assert house.get(f"/sources/{'x' * 36}").status_code == 404
 
 
+def test_sources_that_the_spec_closes_are_closed_inside_of_the_index(house: House) -> None:
+    question = "Where is the key of the mirror cell?"
+    mine = house.ask(question, ["team"])["sources"][0]
+    for sources in (
+        {**SPEC["sources"], "team": {"uri": "team", "groups": ["few"]}},
+        {"guides": SPEC["sources"]["guides"]},
+        {"other": {"uri": "other"}},
+    ):
+        house.declare({**SPEC, "sources": sources})
+        for filters in (None, {"source": ["team"]}, {"source": ["guides", "team"]}):
+            told = house.ask(question, ["team"], filters=filters, top_k=50)
+            assert not any("safe" in s["uri"] for s in told["sources"])
+        assert house.get(f"/sources/{mine['id']}", ["team"]).status_code == 404
+    assert told["sources"] == []  # no source of the generation is known any more
+    house.declare(SPEC)
+    assert house.get(f"/sources/{mine['id']}", ["team"]).status_code == 200
+
+
 def test_filters_reach_the_index(house: House) -> None:
     uri = house.ask("cooling of the camera")["sources"][0]["uri"]
     found = house.ask(WIND, filters={"uri": [uri], "source": ["guides"]}, top_k=50)["sources"]

@@ -65,9 +65,16 @@ def allowed(groups: frozenset[str]) -> Condition:
     return Condition(GROUPS, tuple(sorted(groups)))
 
 
-def conditions(groups: frozenset[str], filters: Mapping[str, Sequence[str]] | None) -> tuple[Condition, ...]:
-    """Return all that a chunk must fulfil. Raises `UserError` for a filter that is unknown or malformed."""
+def conditions(
+    groups: frozenset[str], filters: Mapping[str, Sequence[str]] | None, sources: frozenset[str] | None = None
+) -> tuple[Condition, ...]:
+    """Return all that a chunk must fulfil; `sources`: to come from one of these (none of them: nothing).
+
+    Raises `UserError` for a filter that is unknown or malformed.
+    """
     where = [allowed(groups)]
+    if sources is not None:
+        where.append(Condition("source", tuple(sorted(sources))))
     for key, values in (filters or {}).items():
         if key not in FILTERS:
             raise UserError(f"filters: unknown field {key!r}", hint=nearest(key, FILTERS))
@@ -92,14 +99,16 @@ def retrieve(
     mmr: float | None = None,
     mode: Mode = "hybrid",
     reranker: Reranker | None = None,
+    sources: frozenset[str] | None = None,
 ) -> list[Found]:
     """Return the best passages that these groups may read, best first; none for no groups.
 
+    `sources`: those that may be read now; a generation's groups are as old as it is. None: all.
     Raises `UserError` for a filter or mode that is unknown, `TryAgain` when a server does not answer.
     """
     if mode not in MODES:
         raise UserError(f"mode: {mode!r} is unknown", hint=nearest(mode, MODES))
-    where = conditions(groups, filters)
+    where = conditions(groups, filters, sources)
     if not groups or top_k < 1:
         return []
     with generation.held():

@@ -17,6 +17,7 @@ from orrery.errors import OrreryError, RequestError
 from orrery.rag.spec import KnowledgeBaseSpec
 from orrery.serving.citations import check
 from orrery.serving.contract import Answer, Query, Source
+from orrery.serving.declared import Declared
 from orrery.serving.extract import Extract, extract
 from orrery.serving.knowledge import Found, Knowledge, Stages
 from orrery.serving.live import Live, Serving
@@ -163,9 +164,22 @@ class Answering:
     """Answers questions of one project."""
 
     def __init__(
-        self, spec: KnowledgeBaseSpec, live: Live, metrics: Metrics, settings: Settings, model: Model | None = None
+        self,
+        spec: KnowledgeBaseSpec,
+        declared: Declared,
+        live: Live,
+        metrics: Metrics,
+        settings: Settings,
+        model: Model | None = None,
     ) -> None:
-        self.spec, self.live, self.metrics, self.settings, self.model = spec, live, metrics, settings, model
+        self.spec, self.declared, self.live, self.metrics, self.settings, self.model = (
+            spec,
+            declared,
+            live,
+            metrics,
+            settings,
+            model,
+        )
         waiting = settings.search_queue * settings.searches
         self.searching = Gate("a search", settings.searches, waiting, settings.search_wait)
         self.threads = Threads(self.searching, "search")
@@ -204,7 +218,11 @@ class Answering:
         if serving is None:
             raise NotReady
         try:
-            found = await self._in_thread(serving, trace, lambda: serving.knowledge.passage(id, caller.groups))
+            found = await self._in_thread(
+                serving,
+                trace,
+                lambda: serving.knowledge.passage(id, caller.groups, self.declared.sources(caller.groups)),
+            )
             return found, serving.name
         finally:
             serving.opened.release()
@@ -227,7 +245,8 @@ class Answering:
         knowledge, question = serving.knowledge, query.question
         usual = self.spec.retrieval.top_k
         top_k = query.top_k or usual
-        found = knowledge.find(question, caller.groups, max(top_k, usual), query.filters, trace.stages)
+        may = self.declared.sources(caller.groups)
+        found = knowledge.find(question, caller.groups, may, max(top_k, usual), query.filters, trace.stages)
         # Judged on as many as the questions were that it was fitted on, however few are wanted.
         abstainer = serving.abstainer
         abstains = not found or (abstainer is not None and abstainer.abstains(question, found[:usual]))

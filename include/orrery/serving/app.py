@@ -36,6 +36,7 @@ from orrery.serving.answering import (
     Trace,
 )
 from orrery.serving.contract import FILTERS, Answer, Feedback, Health, Info, Noted, Passage, Query
+from orrery.serving.declared import Declared
 from orrery.serving.knowledge import Opener
 from orrery.serving.live import Live
 from orrery.serving.metrics import CONTENT_TYPE, Metrics
@@ -64,12 +65,15 @@ class Service:
     model: Model | None = None
     settings: Settings = field(default_factory=Settings)
     stopping: bool = False
+    declared: Declared | None = None
 
     def __post_init__(self) -> None:
+        # Who may read what is asked of the spec as it is now; everything else stays as it was when the service began.
+        self.access = self.declared or Declared(self.spec)
         self.metrics = Metrics(self.project)
         self.live = Live(self.store, self.project, self.opener, self.settings, self.scratch)
         self.live.watchers.append(self.metrics)
-        self.answering = Answering(self.spec, self.live, self.metrics, self.settings, self.model)
+        self.answering = Answering(self.spec, self.access, self.live, self.metrics, self.settings, self.model)
         self.recent = thumbs.Recent(self.settings.remembered, self.settings.remembered_for)
         self.rate = Rate(self.settings.feedback_per_minute)
         # Beside the searches' threads: a store that hangs must not hold up the end, as the loop's own threads would.
@@ -79,8 +83,9 @@ class Service:
     @property
     def problems(self) -> list[str]:
         """What is wrong now."""
-        broken = self.tokens.problem if self.tokens else None
-        return [*self.live.problems, *([broken] if broken else [])]
+        self.access.look()
+        broken = [self.tokens.problem if self.tokens else None, self.access.problem]
+        return [*self.live.problems, *(b for b in broken if b)]
 
     def health(self) -> Health:
         """How the service is."""
@@ -330,7 +335,7 @@ def _others(app: FastAPI, service: Service) -> None:
             proven=now.pointer.proven if now else None,
             model=service.answering.model_name,
             embedder=now.knowledge.embedder if now else None,
-            counts={"passages": now.knowledge.count, "sources": len(spec.sources)} if now else {},
+            counts={"passages": now.knowledge.count, "sources": len(service.access.spec.sources)} if now else {},
             filters=list(FILTERS),
             top_k=spec.retrieval.top_k,
             name=who.name,

@@ -89,14 +89,15 @@ class Knowledge(Protocol):
         self,
         question: str,
         groups: frozenset[str],
+        sources: frozenset[str],
         top_k: int,
         filters: Mapping[str, list[str]] | None,
         stages: Stages,
     ) -> Sequence[Found]:
-        """Return the best passages that these groups may read, best first."""
+        """Return the best passages of these sources that these groups may read, best first."""
 
-    def passage(self, id: str, groups: frozenset[str]) -> Found | None:
-        """Return one passage, or None when there is none that these groups may read."""
+    def passage(self, id: str, groups: frozenset[str], sources: frozenset[str]) -> Found | None:
+        """Return one passage, or None when there is none of these sources that these groups may read."""
 
     def terms(self, text: str) -> Sequence[str]:
         """Return the terms that retrieval compares."""

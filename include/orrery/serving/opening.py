@@ -29,6 +29,7 @@ class RagKnowledge:
 
     def __init__(self, generation: Generation, spec: KnowledgeBaseSpec, reranker: Reranker | None = None) -> None:
         self._generation, self._retrieval, self._reranker = generation, spec.retrieval, reranker
+        self._sources = frozenset(spec.sources)
 
     @property
     def count(self) -> int:
@@ -42,17 +43,18 @@ class RagKnowledge:
 
     def probe(self) -> None:
         """Answer a question once, for everyone; that nothing is found is fine. Raises when it cannot."""
-        self.find(PROBE, frozenset({EVERYONE}), self._retrieval.top_k, None, {})
+        self.find(PROBE, frozenset({EVERYONE}), self._sources, self._retrieval.top_k, None, {})
 
     def find(
         self,
         question: str,
         groups: frozenset[str],
+        sources: frozenset[str],
         top_k: int,
         filters: Mapping[str, list[str]] | None,
         stages: Stages,
     ) -> Sequence[Found]:
-        """Return the best passages that these groups may read, best first."""
+        """Return the best passages of these sources that these groups may read, best first."""
         timed = _Timed(self._generation, stages)
         reranker = _TimedReranker(self._reranker, stages) if self._reranker else None
         return retrieve(
@@ -64,12 +66,13 @@ class RagKnowledge:
             filters=filters,
             mmr=self._retrieval.mmr,
             reranker=reranker,
+            sources=sources,
         )
 
-    def passage(self, id: str, groups: frozenset[str]) -> Found | None:
-        """Return one passage; the groups stand in the engine's own condition, as for a search."""
+    def passage(self, id: str, groups: frozenset[str], sources: frozenset[str]) -> Found | None:
+        """Return one passage; groups and sources stand in the engine's own conditions, as for a search."""
         with self._generation.held():
-            rows = self._generation.engine.fetch([id], conditions(groups, None)) if groups else {}
+            rows = self._generation.engine.fetch([id], conditions(groups, None, sources)) if groups else {}
         if id not in rows:
             return None
         payload, _ = rows[id]

@@ -17,11 +17,11 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from orrery import log, platform, spec
+from orrery import log, platform
 from orrery.errors import SpecError, UserError, nearest
-from orrery.rag.spec import KnowledgeBaseSpec
 from orrery.serving.answering import Model
 from orrery.serving.app import Service, build
+from orrery.serving.declared import Declared
 from orrery.serving.opening import RagOpener
 from orrery.serving.settings import Settings
 from orrery.serving.tokens import VARIABLE, Tokens
@@ -178,17 +178,19 @@ def serve(project: str, host: str, port: int, tokens: Path | None, settings: Set
     """Serve a project until told to stop; return the exit code. Raises `UserError` for what must be put right first."""
     settings = settings or Settings()
     where = platform.load()
-    declared: KnowledgeBaseSpec = spec.load_knowledge(platform.project_folder(project))
+    declared = Declared.read(platform.project_folder(project))
+    spec = declared.spec
     guard = tokens_of(tokens, host)
-    model = model_of(declared.llm, where.llms)
+    model = model_of(spec.llm, where.llms)
     listener = listen(host, port)
     scratch = Path(tempfile.mkdtemp(prefix=f"orrery-serve-{os.getpid()}-"))
     try:
         service = Service(
             project=project,
-            spec=declared,
+            spec=spec,
+            declared=declared,
             store=Store(where.store),
-            opener=RagOpener(declared, where.qdrant, settings.threads),
+            opener=RagOpener(spec, where.qdrant, settings.threads),
             scratch=scratch,
             tokens=guard,
             model=model,
