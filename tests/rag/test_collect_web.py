@@ -124,6 +124,22 @@ def test_pages_that_are_gone_are_removed_and_those_that_fail_are_kept(house: Hou
     assert result.metrics["failed"] == 2
 
 
+@pytest.mark.parametrize("status", [401, 403, 451])
+def test_pages_that_were_made_private_do_not_stay(house: House, web: Web, status: int) -> None:
+    urls = [web.page(f"/{name}", f"<p>page {name}") for name in "abc"]
+    house.spec(sources={"site": {"pages": urls, "missing": 0.5}})
+    run(house, web)
+    web.answers["/a"] = Answer(status=status)
+    _, told = run(house, web, NEXT)
+    assert told["/a"] == ("gone", f"its server answers {status} (it is not for everyone)")
+    assert [uri[-1] for uri in sorted(documents(house, NEXT))] == list("bc")
+    # A site that lets nobody in any more is looked at by somebody.
+    for name in "bc":
+        web.answers[f"/{name}"] = Answer(status=status)
+    with pytest.raises(UserError, match=f"2 of the 2 .*answers {status}"):
+        run(house, web, "2026-01-07")
+
+
 def test_a_site_that_is_away_is_asked_again_later_and_one_that_is_gone_is_not(house: House, web: Web) -> None:
     urls = [web.page(f"/{name}", f"<p>page {name}") for name in "abc"]
     house.spec(sources={"site": {"pages": urls}})

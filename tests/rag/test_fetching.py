@@ -110,6 +110,36 @@ def test_a_public_address_is_not_refused() -> None:
     assert why_not(ipaddress.ip_address("::ffff:8.8.8.8")) is None
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        "100.64.0.0",
+        "100.127.255.255",
+        "192.0.0.9",
+        "192.0.0.10",
+        "192.0.0.255",
+        "192.88.99.1",
+        "198.18.0.0",
+        "198.19.255.255",
+        "64:ff9b::8.8.8.8",
+        "64:ff9b::10.0.0.1",
+        "64:ff9b:1::8.8.8.8",
+        "2001::1",
+        "2001:0:808:808::",
+        "2002:808:808::1",
+        "2002:a00:1::1",
+    ],
+)
+def test_some_networks_are_refused_whatever_this_python_calls_public(
+    monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    for kind in (ipaddress.IPv4Address, ipaddress.IPv6Address):
+        for name in ("is_private", "is_reserved", "is_global"):
+            monkeypatch.setattr(kind, name, name == "is_global")
+    assert why_not(ipaddress.ip_address("9.9.9.9")) is None
+    assert why_not(ipaddress.ip_address(address))
+
+
 def test_only_the_address_and_port_that_were_allowed_are(web: Web) -> None:
     web.page("/", "hello")
     assert "port" in refusal(web.url("/"))
@@ -180,7 +210,8 @@ def test_types_and_charsets_are_told(web: Web) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "gone", "away"), [(404, True, False), (410, True, False), (403, False, False), (503, False, True)]
+    ("status", "gone", "away"),
+    [(status, True, False) for status in (401, 403, 404, 410, 451)] + [(400, False, False), (503, False, True)],
 )
 def test_an_answer_that_is_no_page_is_told(web: Web, status: int, gone: bool, away: bool) -> None:
     url = web.page("/x", "sorry", status=status)

@@ -33,7 +33,9 @@ Resolver = Callable[[str, int], Iterable[str]]
 PORTS = frozenset({80, 443})
 REDIRECTS = 5
 MOVED = (301, 302, 303, 307, 308)
-GONE = (404, 410)
+# A page that was made private, or withdrawn, must not stay answerable: it is gone for us as one that is not there.
+WITHHELD = (401, 403, 451)
+GONE = (404, 410, *WITHHELD)
 # Worth asking again, now and on another day.
 BUSY = (408, 425, 429, 500, 502, 503, 504)
 PIECE = 1 << 16
@@ -41,6 +43,18 @@ AGENT = b"orrery-collect/1 (knowledge base)"
 # Public by their number, but answered by a cloud's own machinery (Azure's host agent).
 METADATA = frozenset({ipaddress.ip_address("168.63.129.16")})
 _V4_IN_V6 = ipaddress.ip_network("64:ff9b::/96")  # NAT64
+# What `ipaddress` calls public changes with Python's patch levels: 3.11.2 lets 192.0.0.9 and 192.88.99.1 pass. These
+# are refused whatever it says.
+NEVER = {
+    ipaddress.ip_network("100.64.0.0/10"): "it is not public",  # a provider's own, and clouds'
+    ipaddress.ip_network("192.0.0.0/24"): "it is of a protocol's own",
+    ipaddress.ip_network("192.88.99.0/24"): "it is a way into another network",  # relays of 6to4
+    ipaddress.ip_network("198.18.0.0/15"): "it is private",  # benchmarks
+    _V4_IN_V6: "it is a way into another network",
+    ipaddress.ip_network("64:ff9b:1::/48"): "it is a way into another network",  # NAT64 of a network's own
+    ipaddress.ip_network("2001::/32"): "it is a way into another network",  # Teredo
+    ipaddress.ip_network("2002::/16"): "it is a way into another network",  # 6to4
+}
 
 
 class FetchError(Exception):
@@ -153,7 +167,8 @@ class Fetcher:
             return _moved(url, told.get("location", ""))
         if response.status != 200:
             gone, away = response.status in GONE, response.status in BUSY
-            raise FetchError(f"its server answers {response.status}", gone=gone, away=away)
+            why = " (it is not for everyone)" if response.status in WITHHELD else ""
+            raise FetchError(f"its server answers {response.status}{why}", gone=gone, away=away)
         length = told.get("content-length", "")
         if length.isdigit() and int(length) > self.size:
             raise TooLarge(f"it has {int(length):,} bytes; at most {self.size:,} are read")
@@ -255,6 +270,9 @@ def why_not(address: Address) -> str | None:
     for name in ("unspecified", "loopback", "link_local", "multicast", "private", "reserved", "site_local"):
         if getattr(address, f"is_{name}", False):
             return f"it is {name.replace('_', '-')}"
+    for network, why in NEVER.items():
+        if address in network:
+            return why
     return None if address.is_global else "it is not public"
 
 
