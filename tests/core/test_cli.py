@@ -415,6 +415,19 @@ def test_check_prints_the_schema(orrery) -> None:  # type: ignore[no-untyped-def
     assert "ModelSpec" in json.loads(text)["$defs"]
 
 
+def test_check_warns_of_pages_that_steps_on_kubernetes_cannot_reach(orrery, house: House) -> None:  # type: ignore[no-untyped-def]
+    folder = house.folder.parent / "docs"
+    folder.mkdir()
+    told = "version: 1\nkind: knowledge_base\nowner: me\nsources:\n  site: {pages: [%s]}\n"
+    plain = "http://docs.example.org/a"
+    (folder / "spec.yaml").write_text(told % f"{plain}, http://docs.example.org/b, https://docs.example.org/c")
+    code, text = orrery("check", "docs")
+    assert code == 0
+    assert f"site: on Kubernetes steps reach port 443 alone, and {plain} and 1 more has 80" in " ".join(text.split())
+    (folder / "spec.yaml").write_text(told % "https://docs.example.org/c")
+    assert "443" not in orrery("check", "docs")[1]
+
+
 def test_check_tells_each_project_that_is_wrong(orrery, house: House) -> None:  # type: ignore[no-untyped-def]
     (house.folder / "spec.yaml").write_text(SPEC.replace("task: binary", "task: binry"))
     other = house.folder.parent / "docs"

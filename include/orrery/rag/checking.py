@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from orrery import platform, yamlfile
+from orrery import platform, uri, yamlfile
 from orrery.errors import SpecError, nearest
 from orrery.rag.planning import inside
-from orrery.rag.spec import KnowledgeBaseSpec
+from orrery.rag.spec import DocumentSource, KnowledgeBaseSpec
 
 
 def describe(folder: Path, spec: KnowledgeBaseSpec) -> list[str]:
@@ -27,6 +27,7 @@ def describe(folder: Path, spec: KnowledgeBaseSpec) -> list[str]:
                 raise SpecError(f"{at}.{field}: there is no folder {text!r} in {folder}", hint="such as documents")
             platform.substitute(text or "", values, f"{at}.{field}")
         said.append(f"{name}: {_origin(source)}, for {', '.join(source.groups)}")
+        said += _plain_http(name, source)
     if spec.embedder.compute not in where.compute:
         at = f"{file}:{lines.get(('embedder', 'compute'), 1)}: embedder.compute"
         raise SpecError(
@@ -40,6 +41,16 @@ def describe(folder: Path, spec: KnowledgeBaseSpec) -> list[str]:
     said.append(_questions(folder, spec))
     said.append(f"answers: {f'by {spec.llm}' if spec.llm else 'the best passages, no language model'}")
     return said
+
+
+def _plain_http(name: str, source: DocumentSource) -> list[str]:
+    """Return a warning when pages are fetched without TLS: the network policy of steps lets only 443 out."""
+    plain = [url for url in (*source.pages, source.sitemap or "") if url.lower().startswith("http://")]
+    if not plain:
+        return []
+    first = uri.masked(plain[0]) if uri.has_secret(plain[0]) else plain[0]
+    more = f" and {len(plain) - 1:,} more" if len(plain) > 1 else ""
+    return [f"{name}: on Kubernetes steps reach port 443 alone, and {first}{more} has 80: name it by https://"]
 
 
 def _origin(source: Any) -> str:
