@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import rag_house
+import tiny_embedder
 from onnx import TensorProto, helper
 from rag_points import DIMENSIONS, URL, Lasting, TermEmbedder, chunk, generation_of, points
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from orrery.errors import UserError
 from orrery.rag.engines import Engine, Hit
@@ -260,6 +262,38 @@ def test_a_cross_encoder_without_token_types_and_passages_that_are_too_long(tmp_
     assert it.scores("lease", ["lease " * 2000 + "gate"]) == pytest.approx([sigmoid(-0.5)])
     many = [("gate " * (i % 3)).strip() + " lease" * i for i in range(40)]
     assert it.scores("lease", many) == pytest.approx([sigmoid(i % 3 - 0.5) for i in range(40)])
+
+
+def test_a_question_that_fills_the_model_leaves_room_for_the_passage(tmp_path: Path) -> None:
+    folder = cross_encoder(tmp_path / "c")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.normalizer = normalizers.BertNormalizer(handle_chinese_chars=True)  # a character is a token
+    tokenizer.save(str(folder / "tokenizer.json"))
+    it = CrossEncoder.open(folder)
+    assert it.scores("風" * 600, ["gate lease", "model"]) == pytest.approx([sigmoid(0.5), sigmoid(-0.5)])
+    assert it.scores("風" * 600, ["gate " + "lease " * 600]) == pytest.approx([sigmoid(0.5)])
+
+
+def test_a_relative_cross_encoder_lies_in_the_project_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cross_encoder(tmp_path / "project" / "models" / "c")
+    it = open_reranker("models/c", tmp_path / "scratch", folder=tmp_path / "project")
+    assert it.scores("gate", ["gate"]) == pytest.approx([sigmoid(0.5)])
+    with pytest.raises(UserError, match="models/c is relative, and no project folder is known"):
+        open_reranker("models/c", tmp_path / "scratch")
+
+
+def test_an_evaluation_finds_a_relative_cross_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orrery.rag.collect.READERS_AT_ONCE", 1)
+    told = {"guides/lease.md": "# Lease\n\nA lease numbers attempts.", "team/gate.md": "# Gate\n\nThe gate is open."}
+    model = tiny_embedder.write(tmp_path / "model")
+    house = rag_house.make(
+        tmp_path, monkeypatch, told, embedder={"model": str(model)}, retrieval={"reranker": "models/c"}
+    )
+    cross_encoder(house.folder / "models" / "c")
+    passages = [{"uri": "lease.md", "quote": "numbers attempts"}]
+    house.questions({"id": "a", "question": "What numbers attempts?", "answerable": True, "passages": passages})
+    assert house.reindex(until="evaluate")["evaluate"].metrics["mrr"] == 1
 
 
 def test_a_cross_encoder_ranks(generation: Generation, tmp_path: Path) -> None:

@@ -312,7 +312,9 @@ def ask(
     """Ask a generation all questions as the service would, and measure what it found."""
     cut = work.store.need(made.inputs["chunks"][0])
     labels = questions.label(asked, chunks(work.open_input(cut, CHUNKS)))
-    reranker = open_reranker(spec.retrieval.reranker, work.scratch / "reranker", 1) if spec.retrieval.reranker else None
+    reranker = None
+    if uri := spec.retrieval.reranker:
+        reranker = open_reranker(uri, work.scratch / "reranker", 1, folder=work.project_folder)
     found: dict[str, list[Found]] = {}
     seconds: dict[str, float] = {}
     with work.progress(f"ask {made.key}", len(asked), "questions") as tick:

@@ -39,7 +39,8 @@ class CrossEncoder:
             tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
         except Exception as e:  # the library raises plain exceptions
             raise UserError(f"reranker: {folder / TOKENIZER} cannot be read ({e})") from None
-        tokenizer.enable_truncation(LIMIT, strategy="only_second")
+        # Of the longer of the two: a question of 512 tokens leaves no room for a passage, and cannot be cut around.
+        tokenizer.enable_truncation(LIMIT, strategy="longest_first")
         tokenizer.no_padding()
         session = _session(folder / MODEL, threads)
         inputs = tuple(one.name for one in session.get_inputs())
@@ -50,7 +51,7 @@ class CrossEncoder:
         return cls(tokenizer, session, inputs, session.get_outputs()[0].name)
 
     def scores(self, question: str, texts: Sequence[str]) -> list[float]:
-        """Return each passage's probability of answering the question; a passage beyond 512 tokens is cut."""
+        """Return each passage's probability of answering the question; a pair beyond 512 tokens is cut."""
         encoded = self._tokenizer.encode_batch([(question[:LIMIT], text) for text in texts])
         order = sorted(range(len(texts)), key=lambda i: len(encoded[i].ids))
         found = [0.0] * len(texts)
@@ -87,10 +88,17 @@ def _session(model: Path, threads: int) -> Any:
         raise UserError(f"reranker: {model} cannot be loaded ({type(e).__name__})") from None
 
 
-def open_reranker(uri: str, scratch: Path, threads: int = 0) -> CrossEncoder:
-    """Open the cross-encoder of the spec (`retrieval.reranker`): a folder, or a bucket's whose files are fetched."""
+def open_reranker(uri: str, scratch: Path, threads: int = 0, *, folder: Path | None = None) -> CrossEncoder:
+    """Open the cross-encoder of the spec (`retrieval.reranker`): a folder, or a bucket's whose files are fetched.
+
+    A relative path is taken from `folder`, the project's, as that of the embedder. Raises `UserError`.
+    """
     if "://" not in uri or uri.startswith("file://"):
-        return CrossEncoder.open(Path(uri.removeprefix("file://")).expanduser(), threads)
+        path = Path(uri.removeprefix("file://")).expanduser()
+        if not path.is_absolute() and folder is None:
+            told = f"retrieval.reranker: {uri} is relative, and no project folder is known"
+            raise UserError(told, hint="an absolute path, or a bucket's URI")
+        return CrossEncoder.open(folder / path if folder else path, threads)
     import fsspec
 
     from orrery.store import storage_options, trouble
