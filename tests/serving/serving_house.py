@@ -24,10 +24,11 @@ import httpx
 import yaml
 
 from orrery.errors import UserError
-from orrery.rag.spec import KnowledgeBaseSpec
+from orrery.rag.spec import KnowledgeBaseSpec, Retrieval
 from orrery.serving.answering import Model
 from orrery.serving.app import Service
 from orrery.serving.declared import Declared
+from orrery.serving.knowledge import Asking
 from orrery.serving.server import Server, listen, make
 from orrery.serving.settings import Settings
 from orrery.serving.tokens import Tokens, add
@@ -144,7 +145,7 @@ class Planted:
     def embedder(self) -> str:
         return "planted"
 
-    def probe(self) -> None:
+    def probe(self, asking: Asking) -> None:
         if any(p.text == "BROKEN" for p in self.passages):
             raise UserError("the probe finds a broken passage")
 
@@ -156,6 +157,7 @@ class Planted:
         top_k: int,
         filters: Mapping[str, list[str]] | None,
         stages: dict[str, float],
+        asking: Asking,
     ) -> list[Passage]:
         self._opener.asked.append((question, groups, top_k, filters))
         self._opener.at_work += 1
@@ -228,8 +230,8 @@ class PlantedOpener:
         self.opened.append(Planted(passages, self))
         return self.opened[-1]
 
-    def abstainer(self, store: Store, evaluation: str | None, scratch: Path) -> Unsure | None:
-        return None if evaluation is None else Unsure(float(evaluation))
+    def asking(self, store: Store, evaluation: str | None, scratch: Path) -> Asking:
+        return Asking(Retrieval(), None if evaluation is None else Unsure(float(evaluation)))
 
 
 class House:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import uuid
@@ -13,9 +14,12 @@ from typing import Any
 
 import pytest
 from serving_house import PROJECT, QUICK, SPEC, House, serving, wait_for
+from test_serving_opening import evaluation
 
+from orrery.errors import UserError
 from orrery.rag.spec import KnowledgeBaseSpec
-from orrery.serving.opening import RagOpener
+from orrery.serving.opening import NO_EFFECT, RagOpener
+from orrery.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 RAG = Path(os.environ.get("ORRERY_VENVS", ROOT / ".venvs")) / "rag" / "bin" / "python"
@@ -45,6 +49,12 @@ def house(made: dict[str, Any], tmp_path: Path) -> Iterator[House]:
         point(house, made, 0)
         house.wait_live()
         yield house
+
+
+def test_a_relative_reranker_is_looked_for_in_the_project_folder(made: dict[str, Any], tmp_path: Path) -> None:
+    spec = KnowledgeBaseSpec.model_validate({**SPEC, "retrieval": {"reranker": "models/c"}})
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'project' / 'models' / 'c' / 'model.onnx'} is not")):
+        RagOpener(spec, None, 1, tmp_path / "project").asking(Store(made["store"]), None, tmp_path)
 
 
 def point(house: House, made: dict[str, Any], number: int) -> str:
@@ -106,6 +116,25 @@ def test_sources_that_the_spec_closes_are_closed_inside_of_the_index(house: Hous
     assert told["sources"] == []  # no source of the generation is known any more
     house.declare(SPEC)
     assert house.get(f"/sources/{mine['id']}", ["team"]).status_code == 200
+
+
+def test_another_evaluation_changes_how_the_same_generation_is_asked(house: House, made: dict[str, Any]) -> None:
+    assert len(house.ask(WIND)["sources"]) > 1
+    live = made["live"][0]
+    evaluated = evaluation(house.store, {"retrieval": {"top_k": 1}}, b"null\n")
+    house.store.put(f"{PROJECT}/live.json", json.dumps({**live, "version": 7, "evaluation": evaluated}).encode())
+    wait_for(lambda: house.get("/info").json()["version"] == "7")
+    assert len(house.ask(WIND)["sources"]) == 1
+    assert house.get("/info").json()["top_k"] == 1
+
+
+def test_what_is_not_as_declared_stands_in_health(house: House, made: dict[str, Any]) -> None:
+    house.opener._spec = KnowledgeBaseSpec.model_validate({**SPEC, "answers": {"abstain": 0.2}})
+    evaluated = evaluation(house.store, {}, b"null\n")
+    told = {**made["live"][0], "version": 7, "evaluation": evaluated}
+    house.store.put(f"{PROJECT}/live.json", json.dumps(told).encode())
+    wait_for(lambda: house.get("/health/ready").json()["problems"] == [NO_EFFECT])
+    assert house.get("/health/ready").status_code == 200
 
 
 def test_filters_reach_the_index(house: House) -> None:

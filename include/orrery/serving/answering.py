@@ -243,12 +243,13 @@ class Answering:
 
     def _search(self, serving: Serving, query: Query, caller: Caller, trace: Trace) -> _Searched:
         knowledge, question = serving.knowledge, query.question
-        usual = self.spec.retrieval.top_k
+        asking = serving.asking
+        usual = asking.retrieval.top_k
         top_k = query.top_k or usual
         may = self.declared.sources(caller.groups)
-        found = knowledge.find(question, caller.groups, may, max(top_k, usual), query.filters, trace.stages)
+        found = knowledge.find(question, caller.groups, may, max(top_k, usual), query.filters, trace.stages, asking)
         # Judged on as many as the questions were that it was fitted on, however few are wanted.
-        abstainer = serving.abstainer
+        abstainer = asking.abstainer
         abstains = not found or (abstainer is not None and abstainer.abstains(question, found[:usual]))
         found = found[:top_k]
         quoted, prompt, shown = None, list[Message](), 0

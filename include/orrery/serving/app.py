@@ -337,7 +337,7 @@ def _others(app: FastAPI, service: Service) -> None:
             embedder=now.knowledge.embedder if now else None,
             counts={"passages": now.knowledge.count, "sources": len(service.access.spec.sources)} if now else {},
             filters=list(FILTERS),
-            top_k=spec.retrieval.top_k,
+            top_k=(now.asking if now else spec).retrieval.top_k,
             name=who.name,
             groups=sorted(who.groups),
             logs_questions=spec.answers.log_questions,

@@ -6,9 +6,12 @@ The service's own parts know these protocols alone, so that they can be tried wi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from orrery.rag.retrieval import Reranker
+from orrery.rag.spec import Retrieval
 from orrery.store import Store
 
 # Seconds by stage: embed, retrieve, rerank.
@@ -71,6 +74,26 @@ class Found(Protocol):
         """From 1."""
 
 
+class Abstainer(Protocol):
+    """Knows when passages do not answer a question (`orrery.rag.abstention`)."""
+
+    def abstains(self, question: str, found: Sequence[Found]) -> bool:
+        """Tell whether no answer should be tried."""
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a generation is asked: with the settings that its evaluation asked with, and when no answer is tried.
+
+    `problems`: what is not as it was declared or evaluated, in sentences that may be shown to anybody.
+    """
+
+    retrieval: Retrieval
+    abstainer: Abstainer | None = None
+    reranker: Reranker | None = None
+    problems: tuple[str, ...] = ()
+
+
 class Knowledge(Protocol):
     """An open generation. All calls block; several threads may call at once."""
 
@@ -82,7 +105,7 @@ class Knowledge(Protocol):
     def embedder(self) -> str:
         """The embedder's id."""
 
-    def probe(self) -> None:
+    def probe(self, asking: Asking) -> None:
         """Answer a question once, so that the first asker does not wait. Raises when it cannot."""
 
     def find(
@@ -93,6 +116,7 @@ class Knowledge(Protocol):
         top_k: int,
         filters: Mapping[str, list[str]] | None,
         stages: Stages,
+        asking: Asking,
     ) -> Sequence[Found]:
         """Return the best passages of these sources that these groups may read, best first."""
 
@@ -109,18 +133,11 @@ class Knowledge(Protocol):
         """Give up its files and memory."""
 
 
-class Abstainer(Protocol):
-    """Knows when passages do not answer a question (`orrery.rag.abstention`)."""
-
-    def abstains(self, question: str, found: Sequence[Found]) -> bool:
-        """Tell whether no answer should be tried."""
-
-
 class Opener(Protocol):
     """Opens generations and what belongs to them. Its calls block."""
 
     def open(self, store: Store, manifest: str, digest: str, scratch: Path) -> Knowledge:
         """Open a generation; its files go below `scratch`. Raises `OrreryError` when it is not whole."""
 
-    def abstainer(self, store: Store, evaluation: str | None, scratch: Path) -> Abstainer | None:
-        """Return when to abstain by an evaluation; None when nothing is known of it."""
+    def asking(self, store: Store, evaluation: str | None, scratch: Path) -> Asking:
+        """Return how to ask by an evaluation; None: nothing is known but the spec."""

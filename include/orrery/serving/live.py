@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from orrery import log
 from orrery.errors import OrreryError, TryAgain, UserError
-from orrery.serving.knowledge import Abstainer, Knowledge, Opener
+from orrery.serving.knowledge import Asking, Knowledge, Opener
 from orrery.serving.settings import Settings
 from orrery.store import Store
 
@@ -70,11 +70,11 @@ class Opened:
 
 @dataclass(frozen=True)
 class Serving:
-    """What answers at one moment: a generation, the pointer that named it, and when to abstain."""
+    """What answers at one moment: a generation, the pointer that named it, and how it is asked."""
 
     pointer: Pointer
     opened: Opened
-    abstainer: Abstainer | None
+    asking: Asking
 
     @property
     def knowledge(self) -> Knowledge:
@@ -112,7 +112,8 @@ class Live:
     @property
     def problems(self) -> list[str]:
         """What is wrong now, in sentences that may be shown to anybody."""
-        return [p for p in (self.outage, self.refusal) if p]
+        asked = self.current.asking.problems if self.current else ()
+        return [*(p for p in (self.outage, self.refusal) if p), *asked]
 
     def acquire(self) -> Serving | None:
         """Return what answers now, held until its `opened.release()`; None when nothing is open yet."""
@@ -173,12 +174,11 @@ class Live:
         same = now is not None and (now.pointer.generation, now.pointer.digest) == (pointer.generation, pointer.digest)
         if same and now is not None:
             opened = now.opened
-            work = partial(self._opener.abstainer, self.store, pointer.evaluation, opened.folder)
-            abstainer = await self._off_loop(work)
+            asking = await self._off_loop(partial(self._asking, pointer, opened))
             opened.hold()
         else:
-            opened, abstainer = await self._open(pointer)
-        serving = Serving(pointer, opened, abstainer)
+            opened, asking = await self._open(pointer)
+        serving = Serving(pointer, opened, asking)
         self.current = serving
         if now is not None:
             now.opened.release()
@@ -188,29 +188,35 @@ class Live:
         for watcher in self.watchers:
             watcher.switched(serving)
 
-    async def _open(self, pointer: Pointer) -> tuple[Opened, Abstainer | None]:
+    def _asking(self, pointer: Pointer, opened: Opened) -> Asking:
+        """Return how an open generation is asked from now on, tried once."""
+        asking = self._opener.asking(self.store, pointer.evaluation, opened.folder)
+        opened.knowledge.probe(asking)
+        return asking
+
+    async def _open(self, pointer: Pointer) -> tuple[Opened, Asking]:
         folder = Path(tempfile.mkdtemp(prefix="generation-", dir=self._scratch))
 
-        def work() -> tuple[Knowledge, Abstainer | None]:
-            abstainer = self._opener.abstainer(self.store, pointer.evaluation, folder)
+        def work() -> tuple[Knowledge, Asking]:
+            asking = self._opener.asking(self.store, pointer.evaluation, folder)
             knowledge = self._opener.open(self.store, pointer.generation, pointer.digest, folder)
             try:
-                knowledge.probe()
+                knowledge.probe(asking)
             except BaseException:
                 knowledge.close()
                 raise
-            return knowledge, abstainer
+            return knowledge, asking
 
         running = asyncio.get_running_loop().run_in_executor(self._opening, work)
         try:
-            knowledge, abstainer = await asyncio.shield(running)
+            knowledge, asking = await asyncio.shield(running)
         except asyncio.CancelledError:
             # The service stops: what the thread still opens ends with the process.
             raise
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        return Opened(knowledge, folder, self._retire), abstainer
+        return Opened(knowledge, folder, self._retire), asking
 
     def _retire(self, opened: Opened) -> None:
         def work() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+from pydantic import ValidationError
+
+from orrery import log
 from orrery.errors import UserError
 from orrery.rag.abstention import CALIBRATION, Calibration, open_calibration
 from orrery.rag.embedding.session import FOLDER
@@ -17,19 +21,23 @@ from orrery.rag.generations import Generation, Question, open_generation, verifi
 from orrery.rag.rerank import open_reranker
 from orrery.rag.retrieval import Found as Hits
 from orrery.rag.retrieval import Reranker, conditions, retrieve
-from orrery.rag.spec import EVERYONE, KnowledgeBaseSpec
-from orrery.serving.knowledge import Abstainer, Found, Knowledge, Stages
-from orrery.store import Ref, Store
+from orrery.rag.spec import EVERYONE, KnowledgeBaseSpec, Retrieval
+from orrery.serving.knowledge import Asking, Found, Knowledge, Stages
+from orrery.store import Manifest, Ref, Store
 
 PROBE = "What is described here?"
+NO_RERANKER = (
+    "the reranker that the evaluation used cannot be had: passages are found as the spec says, which nothing has "
+    "evaluated, and no question is abstained for what they score"
+)
+NO_EFFECT = "`answers.abstain` has no effect: no evaluation has fitted when to abstain"
 
 
 class RagKnowledge:
-    """An open generation, asked as the spec says."""
+    """An open generation."""
 
-    def __init__(self, generation: Generation, spec: KnowledgeBaseSpec, reranker: Reranker | None = None) -> None:
-        self._generation, self._retrieval, self._reranker = generation, spec.retrieval, reranker
-        self._sources = frozenset(spec.sources)
+    def __init__(self, generation: Generation, sources: frozenset[str]) -> None:
+        self._generation, self._sources = generation, sources
 
     @property
     def count(self) -> int:
@@ -41,9 +49,9 @@ class RagKnowledge:
         """The embedder's id."""
         return str(self._generation.facts.embedder)
 
-    def probe(self) -> None:
+    def probe(self, asking: Asking) -> None:
         """Answer a question once, for everyone; that nothing is found is fine. Raises when it cannot."""
-        self.find(PROBE, frozenset({EVERYONE}), self._sources, self._retrieval.top_k, None, {})
+        self.find(PROBE, frozenset({EVERYONE}), self._sources, asking.retrieval.top_k, None, {}, asking)
 
     def find(
         self,
@@ -53,18 +61,19 @@ class RagKnowledge:
         top_k: int,
         filters: Mapping[str, list[str]] | None,
         stages: Stages,
+        asking: Asking,
     ) -> Sequence[Found]:
         """Return the best passages of these sources that these groups may read, best first."""
         timed = _Timed(self._generation, stages)
-        reranker = _TimedReranker(self._reranker, stages) if self._reranker else None
+        reranker = _TimedReranker(asking.reranker, stages) if asking.reranker else None
         return retrieve(
             cast(Generation, timed),
             question,
             groups=groups,
             top_k=top_k,
-            candidates=self._retrieval.candidates,
+            candidates=asking.retrieval.candidates,
             filters=filters,
-            mmr=self._retrieval.mmr,
+            mmr=asking.retrieval.mmr,
             reranker=reranker,
             sources=sources,
         )
@@ -150,10 +159,10 @@ class RagAbstainer:
 
 
 class RagOpener:
-    """Opens what `live.json` names."""
+    """Opens what `live.json` names; a reranker by a relative path is looked for in `folder`, the project's."""
 
-    def __init__(self, spec: KnowledgeBaseSpec, qdrant: str | None, threads: int) -> None:
-        self._spec, self._qdrant, self._threads = spec, qdrant, threads
+    def __init__(self, spec: KnowledgeBaseSpec, qdrant: str | None, threads: int, folder: Path | None = None) -> None:
+        self._spec, self._qdrant, self._threads, self._folder = spec, qdrant, threads, folder
 
     def open(self, store: Store, manifest: str, digest: str, scratch: Path) -> Knowledge:
         """Open a generation. Raises `OrreryError` when it is gone, damaged, or another than the pointer's."""
@@ -167,23 +176,57 @@ class RagOpener:
             held = generation.engine.count()
             if held != generation.facts.count:
                 raise UserError(f"{manifest}: {held:,} passages instead of {generation.facts.count:,}")
-            reranker = self._reranker(scratch / "reranker")
         except BaseException:
             generation.close()
             raise
-        return RagKnowledge(generation, self._spec, reranker)
+        return RagKnowledge(generation, frozenset(self._spec.sources))
 
-    def _reranker(self, scratch: Path) -> Reranker | None:
-        uri = self._spec.retrieval.reranker
-        return None if uri is None else open_reranker(uri, scratch, self._threads)
+    def asking(self, store: Store, evaluation: str | None, scratch: Path) -> Asking:
+        """Return how to ask: as the evaluation did; as the spec says where none tells.
 
-    def abstainer(self, store: Store, evaluation: str | None, scratch: Path) -> Abstainer | None:
-        """Return when to abstain; None when no evaluation vouches for it. Raises `UserError` when it is damaged."""
-        if evaluation is None:
+        When the evaluation's reranker cannot be had, and the spec has another, the spec's settings are used: the
+        calibration is not one of theirs, so it is dropped. Raises `UserError` when the evaluation is damaged.
+        """
+        manifest = None if evaluation is None else _evaluation(store, evaluation)
+        calibration = None if manifest is None else open_calibration(store, manifest, scratch)
+        declared, problems = self._spec.retrieval, list[str]()
+        used = _evaluated(manifest) or declared
+        try:
+            reranker = self._reranker(used, scratch)
+        except UserError as e:
+            if used.reranker == declared.reranker:
+                raise
+            log.get().warning(NO_RERANKER, why=e.message)
+            problems.append(NO_RERANKER)
+            used, calibration = declared, None
+            reranker = self._reranker(used, scratch)
+        below = self._spec.answers.abstain
+        if below is not None and calibration is None:
+            log.get().warning(NO_EFFECT)
+            problems.append(NO_EFFECT)
+        abstainer = None if calibration is None else RagAbstainer(calibration, below)
+        return Asking(used, abstainer, reranker, tuple(problems))
+
+    def _reranker(self, settings: Retrieval, scratch: Path) -> Reranker | None:
+        if settings.reranker is None:
             return None
-        manifest = store.manifest(evaluation)
-        if manifest is None:
-            raise UserError(f"{store.uri}/{evaluation}: the evaluation is gone", hint="evaluate, and promote again")
-        verified(store, manifest, CALIBRATION)
-        calibration = open_calibration(store, manifest, scratch)
-        return None if calibration is None else RagAbstainer(calibration, self._spec.answers.abstain)
+        # Of its own: the one in use may have its files in the same generation's folder.
+        fetched = Path(tempfile.mkdtemp(prefix="reranker-", dir=scratch))
+        return open_reranker(settings.reranker, fetched, self._threads, folder=self._folder)
+
+
+def _evaluation(store: Store, path: str) -> Manifest:
+    manifest = store.manifest(path)
+    if manifest is None:
+        raise UserError(f"{store.uri}/{path}: the evaluation is gone", hint="evaluate, and promote again")
+    verified(store, manifest, CALIBRATION)
+    return manifest
+
+
+def _evaluated(manifest: Manifest | None) -> Retrieval | None:
+    """Return the settings that an evaluation asked with; None when it does not tell, or not as this version does."""
+    told = manifest.facts.get("retrieval") if manifest is not None else None
+    try:
+        return None if told is None else Retrieval.model_validate(told)
+    except ValidationError:
+        return None

@@ -178,7 +178,8 @@ def serve(project: str, host: str, port: int, tokens: Path | None, settings: Set
     """Serve a project until told to stop; return the exit code. Raises `UserError` for what must be put right first."""
     settings = settings or Settings()
     where = platform.load()
-    declared = Declared.read(platform.project_folder(project))
+    folder = platform.project_folder(project)
+    declared = Declared.read(folder)
     spec = declared.spec
     guard = tokens_of(tokens, host)
     model = model_of(spec.llm, where.llms)
@@ -190,7 +191,7 @@ def serve(project: str, host: str, port: int, tokens: Path | None, settings: Set
             spec=spec,
             declared=declared,
             store=Store(where.store),
-            opener=RagOpener(spec, where.qdrant, settings.threads),
+            opener=RagOpener(spec, where.qdrant, settings.threads, folder),
             scratch=scratch,
             tokens=guard,
             model=model,
