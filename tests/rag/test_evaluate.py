@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import rag_house
@@ -14,6 +16,7 @@ from rag_house import DAY, PROJECT, House
 from orrery.errors import UserError
 from orrery.rag import evaluate
 from orrery.rag.abstention import open_calibration
+from orrery.rag.gate import QUALITY
 from orrery.rag.questions import Labels, Question
 from orrery.rag.retrieval import Found
 
@@ -128,13 +131,8 @@ def test_a_first_generation_is_measured_and_promoted(house: House, tmp_path: Pat
     assert calibration.lexicon.frequency("engin") == 1
     assert calibration.abstains(calibration.signals("Where is the zebra?", []))
 
-
-def test_the_same_generation_gives_the_same_bytes(house: House) -> None:
-    house.questions(*labelled())
-    house.reindex(until="evaluate")
-    first = house.manifest("evaluation")
     again = house.run("evaluate", run="run-2", force=True)
-    assert again.digest == first.digest
+    assert again.digest == done["evaluate"].digest
     assert house.run("evaluate", run="run-3").skipped
 
 
@@ -175,6 +173,95 @@ def test_an_error_in_the_questions_names_the_project_s_own_file(house: House) ->
     house.reindex(until="index")
     with pytest.raises(UserError, match=f"projects/{PROJECT}/questions.jsonl: line 1: `passages`"):
         house.run("evaluate")
+
+
+def test_a_generation_that_lost_documents_is_kept(house: House) -> None:
+    house.questions(*labelled())
+    house.spec(sources={**rag_house.SPEC["sources"], "guides": {"uri": "documents/guides", "missing": 1}})
+    house.reindex()
+    for name in SUBJECTS[:8]:
+        house.document(f"guides/{name}.md", None)
+    done = house.reindex(NEXT, run="run-2", until="gate")
+    told = report(house, NEXT)
+    assert told["reconciliation"]["sound"]
+    assert told["live"]["proven"] is True
+    assert told["live"]["metrics"]["recall_at_10"] > 0.9
+    difference = told["live"]["differences"]["recall_at_10"]
+    assert difference["low"] <= difference["delta"] < -0.2
+    assert difference["high"] < 0
+    assert next(q for q in told["per_question"] if q["id"] == "q00")["live_rank"] == 1
+    assert len(told["lost"]) == 8
+    assert done["gate"].verdict == "kept"
+    assert any("that is worse by more than 0.01" in reason for reason in done["gate"].reasons)
+    assert b"live has it at 1" in evidence(house, done["evaluate"], "Retrieval")
+
+
+def test_a_live_generation_that_cannot_be_opened_holds_by_what_was_measured_of_it(house: House) -> None:
+    house.questions(*labelled())
+    house.reindex()
+    live = house.manifest("generation")
+    archive = next(name for name in live.files if name.startswith("shard"))
+    data = house.store.read(live.uri(archive))
+    house.document("guides/anchor.md", "# The anchor\n\nThe anchor is kept in room 100, as ever.\n")
+    house.reindex(NEXT, run="run-2", until="index")
+    house.store.put(live.uri(archive), data[:-1] + bytes([data[-1] ^ 1]))
+    house.run("evaluate", NEXT, run="run-2")
+    assert "digest" in report(house, NEXT)["live"]["unusable"]
+    assert report(house, NEXT)["live"]["metrics"] == pytest.approx(
+        {name: report(house)["metrics"][name] for name in QUALITY}
+    )
+    verdict = house.run("gate", NEXT, run="run-2")
+    assert verdict.verdict == "promote"
+    assert any("which cannot be asked now" in reason for reason in verdict.reasons)
+
+
+class Tracking(BaseHTTPRequestHandler):
+    """As much of MLflow's API as an evaluation speaks to."""
+
+    calls: ClassVar[list[tuple[str, Any]]] = []
+
+    def _answer(self) -> None:
+        data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        path = self.path.partition("?")[0]
+        body = json.loads(data) if path.startswith("/api/2.0/mlflow/") and data else len(data)
+        self.calls.append((path.removeprefix("/api/2.0/"), body))
+        info = {"run_id": "r1", "experiment_id": "1", "artifact_uri": "mlflow-artifacts:/1/r1", "start_time": 5}
+        told = {"experiment": {"experiment_id": "1"}, "runs": [], "run": {"info": info}}
+        answer = json.dumps(told).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    do_GET = do_POST = do_PUT = _answer
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_figures_and_plots_are_in_mlflow_and_one_that_is_away_costs_nothing(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house.questions(*labelled()[:22])
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Tracking)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
+    try:
+        done = house.reindex(until="evaluate")["evaluate"]
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    batches = [body for path, body in Tracking.calls if path == "mlflow/runs/log-batch"]
+    logged = {m["key"]: m["value"] for m in batches[0]["metrics"]}
+    assert logged == pytest.approx(done.metrics)
+    assert [p for p, _ in Tracking.calls if p.startswith("mlflow-artifacts")] == [
+        "mlflow-artifacts/artifacts/1/r1/figures.png",
+        "mlflow-artifacts/artifacts/1/r1/ranks.png",
+    ]
+    again = house.run("evaluate", run="run-2", force=True)  # nobody listens there any more
+    assert again.digest == done.digest
 
 
 def question(id_: str) -> Question:

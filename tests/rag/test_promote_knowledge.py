@@ -16,8 +16,8 @@ from rag_points import URL, Lasting
 
 from orrery import champions
 from orrery.errors import UserError
+from orrery.rag import promote
 from orrery.rag.engines import server
-from orrery.rag.promote import BEFORE
 
 DOCUMENTS = {
     "guides/lease.md": "# Leases\n\nA lease numbers the attempts.\n",
@@ -149,27 +149,29 @@ def aged(house: House, path: str, days: float) -> None:
 def test_on_a_server_alias_and_retention_follow(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     client = Lasting(":memory:")
     monkeypatch.setattr(server, "connect", lambda url, timeout=0: client)
+    monkeypatch.setattr(promote, "BEFORE", 1)
     platform = {**rag_house.PLATFORM, "qdrant": URL}
     (house.home / "include" / "platform.yaml").write_text(yaml.safe_dump(platform))
     client.create_collection("notes-0123456789abcdef", vectors_config={})  # another store's, of the same name
     made = []
-    for number in range(5, 5 + BEFORE + 2):
+    for number in (5, 6, 7):
         path = reindexed(house, number)
         made.append((path, house.manifest("generation", day(number)).facts["collection"]))
         aged(house, path, 0.5 if number == 5 else 3)
     alias = {a.alias_name: a.collection_name for a in client.get_aliases().aliases}
     assert alias == {PROJECT: made[-1][1]}
     there = {c.name for c in client.get_collections().collections}
-    # The first is older than the last three, and still too young to go.
+    # The first is older than the last two, and still too young to go.
     assert there == {c for _, c in made} | {"notes-0123456789abcdef"}
     aged(house, made[0][0], 3)
     last = reindexed(house, 20)
     there = {c.name for c in client.get_collections().collections}
     collection = house.manifest("generation", day(20)).facts["collection"]
-    assert there == {c for _, c in made[-BEFORE:]} | {collection, "notes-0123456789abcdef"}
+    assert there == {made[-1][1], collection, "notes-0123456789abcdef"}
     assert pointer(house)["generation"] == last
     # The oldest that is left can be gone back to, one that went cannot.
     assert back(house, "3").facts["model_version"] == "3"
+    assert pointer(house)["before"] == [{"version": "4", "generation": last}]
     assert client.get_aliases().aliases[0].collection_name == made[2][1]
     with pytest.raises(UserError, match="has no collection"):
         back(house, "1", "back-2")

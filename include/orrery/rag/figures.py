@@ -49,11 +49,10 @@ def _figures(title: str, report: Mapping[str, Any]) -> bytes:
         axes.bar(place - (width / 2 if live else 0), own, width, color=NEW, label="new" if place == 0 else None)
         axes.text(place - (width / 2 if live else 0), own, f"{own:.3f}", ha="center", va="bottom", fontsize=8)
         if name in live:
-            d = differences[name]
-            # The difference's interval, drawn at the live one's bar: where the new one would lie.
-            low, high = live[name] + d["low"], live[name] + d["high"]
             axes.bar(place + width / 2, live[name], width, color=LIVE, label="live" if place == 0 else None)
             axes.text(place + width / 2, live[name], f"{live[name]:.3f}", ha="center", va="bottom", fontsize=8)
+        if name in differences:  # as where the new one would lie
+            low, high = (live[name] + differences[name][side] for side in ("low", "high"))
             axes.vlines(place - width / 2, low, high, color="black", linewidth=1.2)
     axes.set_xticks(range(len(QUALITY)), [WORDS[name] for name in QUALITY])
     axes.set(ylim=(0, 1.08))
@@ -70,7 +69,7 @@ def _ranks(title: str, report: Mapping[str, Any]) -> bytes:
     axes = figure.add_subplot()
     asked = [q for q in report["per_question"] if q["answerable"]]
     series = [("new", "rank", NEW)]
-    if (report["live"] or {}).get("metrics"):
+    if (report["live"] or {}).get("differences"):
         series.append(("live", "live_rank", LIVE))
     width = 0.8 / len(series)
     for number, (name, key, colour) in enumerate(series):
@@ -166,12 +165,13 @@ _DIFFER = (
 
 def _numbers(report: Mapping[str, Any], metrics: Mapping[str, float]) -> str:
     live = (report["live"] or {}).get("metrics") or {}
+    differences = (report["live"] or {}).get("differences") or {}
     rows = []
     for name in QUALITY:
         other = f"{live[name]:.4f}" if name in live else "–"
         between = "–"
-        if name in live:
-            d = report["live"]["differences"][name]
+        if name in differences:
+            d = differences[name]
             between = f"{d['delta']:+.4f} ({d['low']:+.4f} … {d['high']:+.4f})"
         rows.append((WORDS[name], f"{report['metrics'][name]:.4f}", other, between))
     a = report["abstention"]
