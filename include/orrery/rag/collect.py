@@ -375,12 +375,12 @@ class _Source:
         text = text_digest(found.sections) if found else known.text if known else ""
         if text in self._texts:
             id_, first = self._texts[text]
-            why = f"its text is that of {first}"
+            copy = f"its text is that of {first}"
             if known is not None and known.text != text:
                 # What it said before is nowhere now: all pages turned into one notice must not pass for one document.
-                why = f"its text has become that of {first}"
-                self.found.lose(entry.uri, why)
-            self.found.tell(entry.uri, "duplicate", why, id_)
+                copy = f"its text has become that of {first}"
+                self.found.lose(entry.uri, copy)
+            self.found.tell(entry.uri, "duplicate", copy, id_)
             return
         document, why = self._document(entry, taken, known, text)
         outcome: Outcome = "new" if known is None else "same"

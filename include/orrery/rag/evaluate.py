@@ -177,7 +177,7 @@ class _Measured:
                 self.rival = ask(self.work, self.spec, generation, manifest, self.questions)
         except UserError as e:
             self.work.log.warning(f"the live generation cannot be asked: {e.message}")
-            recorded = next((m.result["metrics"] for m in self.work.inputs("promised")), {})
+            recorded: dict[str, float] = next((m.result["metrics"] for m in self.work.inputs("promised")), {})
             metrics = {name: recorded[name] for name in QUALITY if name in recorded}
             self.live = {**told, "metrics": metrics, "differences": {}, "unusable": e.message}
             return
