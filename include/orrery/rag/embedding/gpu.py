@@ -34,7 +34,7 @@ def open_on_gpu(origin: sources.Source, folder: Path, facts: Facts) -> Embedder:
     if not torch.cuda.is_available():
         raise UserError(
             "embed: the compute class has a GPU, and torch finds no CUDA: it would run on the CPU at a GPU's price",
-            hint="`image` of the class in platform.yaml: one whose torch has CUDA, and a node with the vendor's driver; "
+            hint="`image` of the class in platform.yaml: a torch with CUDA, and a node with the vendor's driver; "
             "or set embedder.compute to a class without a GPU",
         )
     if facts.precision != "fp32":
