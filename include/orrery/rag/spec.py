@@ -33,8 +33,8 @@ class DocumentSource(Frozen):
         0.2,
         ge=0,
         le=1,
-        description="Share of the documents known before that may be gone or unreadable; above, the run stops before "
-        "anything is deleted.",
+        description="Share of the documents known before that may be gone, unreadable or turned into another's text; "
+        "above, the run stops before anything is deleted.",
     )
 
     @model_validator(mode="after")
@@ -96,7 +96,11 @@ class Retrieval(Frozen):
     mmr: float | None = Field(
         None, ge=0, le=1, description="Maximal marginal relevance: 1 relevance alone, 0 diversity alone; none: off."
     )
-    reranker: str | None = Field(None, description="URI of a cross-encoder's folder in ONNX; none: off.")
+    reranker: str | None = Field(
+        None,
+        description="URI of a cross-encoder's folder in ONNX (model.onnx, tokenizer.json); a relative path is taken from "
+        "the project folder; none: off.",
+    )
 
 
 class Floor(Frozen):
