@@ -218,7 +218,7 @@ def test_what_must_be_put_right_first_is_said_in_a_line_and_not_as_a_traceback(t
         assert done.returncode == 64, done
         assert said in done.stderr
         assert "Traceback" not in done.stderr + done.stdout
-    (project / "spec.yaml").write_text(json.dumps({**spec, "llm": "laptop"}))
+    (project / "spec.yaml").write_text(json.dumps({**spec, "llm": "nowhere"}))
     done = command(tmp_path, "notes", **env)
     assert (done.returncode, "platform.yaml" in done.stderr) == (64, True)
 
