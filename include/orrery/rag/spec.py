@@ -98,8 +98,8 @@ class Retrieval(Frozen):
     )
     reranker: str | None = Field(
         None,
-        description="URI of a cross-encoder's folder in ONNX (model.onnx, tokenizer.json); a relative path is taken from "
-        "the project folder; none: off.",
+        description="URI of a cross-encoder's folder in ONNX (model.onnx, tokenizer.json), a relative path from the "
+        "project folder; none: off.",
     )
 
 
