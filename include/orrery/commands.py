@@ -19,11 +19,12 @@ from orrery.contract import Result
 from orrery.errors import RequestError, UserError, nearest
 from orrery.ledger import Ledger, moment, unfinished
 from orrery.llm.cli import app as llm_app
-from orrery.partitions import key_of
+from orrery.partitions import key_of, parse
 from orrery.plan import Planner
 from orrery.planner import BasePlanner, Plan, Request
 from orrery.planners import planner_of
 from orrery.spec import load_knowledge, load_model
+from orrery.store import Store
 
 app = typer.Typer(
     name="orrery",
@@ -446,6 +447,35 @@ def token(
     """Make a bearer token for the service; it is shown once, and written down nowhere but as a digest."""
     given = [("--groups", groups), ("--expires", expires), ("--tokens", tokens)]
     _serving(["token", name, *(part for option, value in given if value for part in (option, value))])
+
+
+@app.command()
+def feedback(
+    project: Project,
+    since: Annotated[str, typer.Option(help="Only those since this day, such as 2026-01-05.")] = "",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Lines for the questions file, for a person to complete.")
+    ] = False,
+) -> None:
+    """Show the thumbs that readers gave, with their comments: candidates for labelled questions."""
+    from orrery.rag.thumbs import candidates, thumbs
+
+    load_knowledge(platform.project_folder(project))
+    if since:
+        parse(since, "day")
+    found = thumbs(Store(platform.load().store), project, since)
+    if as_json:
+        for told in candidates(found):
+            print(json.dumps(told, ensure_ascii=False))  # noqa: T201
+        return
+    for entry in found:
+        sign = {"up": "[green]+[/]", "down": "[red]-[/]"}.get(str(entry["thumb"]), "?")
+        said = "abstained" if entry.get("abstained") else str(entry.get("answer", ""))[:120]
+        out.print(f"{sign} {escape(str(entry['at'])[:10])}  {escape(str(entry['question']))}")
+        out.print(f"    {said}", markup=False)
+        if entry.get("comment"):
+            out.print(f"    comment: {entry['comment']}", markup=False)
+    out.print(f"{len(found)} answers have a thumb; with --json as lines for the questions file")
 
 
 def _serving(argv: list[str]) -> None:
