@@ -71,7 +71,7 @@ budgets.INTERRUPTED_S = 1.0
 for project in {tuple(PROJECTS)}:
     spec = load_model(platform.project_folder(project))
     with DAG(f"{{project}}.train", schedule=None, is_paused_upon_creation=False, params=params.form("train", spec)) as dag:
-        dags._step(project, "train", most=budgets.of("train", spec), compute="spot", pool="default_pool")
+        dags.step(project, "train", most=budgets.of("train", spec), compute="spot", pool="default_pool")
     globals()[project] = dag
 '''
 

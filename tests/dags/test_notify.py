@@ -296,7 +296,8 @@ def test_deadlines_and_callbacks_are_where_scores_depend_on_them() -> None:
 
     dags = DagBag(str(Path(__file__).resolve().parents[2] / "dags")).dags
     alerts = {name: dag.deadline for name, dag in dags.items() if dag.deadline}
-    assert set(alerts) == {"flight_delay.ingest", "flight_delay.score"}
+    assert set(alerts) == {"flight_delay.ingest", "flight_delay.score", "handbook.reindex"}
+    assert alerts.pop("handbook.reindex")[0].interval == timedelta(hours=4)
     for (deadline,) in alerts.values():
         assert deadline.interval == timedelta(hours=6)
         assert deadline.callback.path == "orrery.orchestration.notify.OrreryNotifier"

@@ -74,7 +74,7 @@ def told(project):
 for project in {PROJECTS!r}:
     spec = load_model(platform.project_folder(project))
     with DAG(f"{{project}}.train", schedule=None, is_paused_upon_creation=False, params=params.form("train", spec)) as dag:
-        dags._step(project, "train", most=budgets.of("train", spec), compute="spot", pool="default_pool", pre_execute=told(project))
+        dags.step(project, "train", most=budgets.of("train", spec), compute="spot", pool="default_pool", pre_execute=told(project))
     globals()[project] = dag
 '''
 

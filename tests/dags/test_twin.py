@@ -234,7 +234,7 @@ def test_a_form_offers_faults_where_something_may_be_rehearsed(
     planner = Planner("delays")
     fields = {dag: set(params.form(dag, planner.spec)) for dag in params.FIELDS}
     assert {dag for dag, names in fields.items() if "faults" in names} == (
-        {"ingest", "train", "tune", "score", "monitor", "rollback"} if offered else set()
+        {"ingest", "train", "tune", "score", "monitor", "rollback", "reindex", "evaluate"} if offered else set()
     )
     # REST takes what no form offers: it is refused with the reason, and so is the variable.
     task = Pair(house, None, "probe")

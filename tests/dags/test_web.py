@@ -253,13 +253,13 @@ def test_evidence_that_is_not_there_yet_looks_again_until_the_attempt_has_ended(
     from orrery.orchestration.links import expected
 
     going, going_run = attempt("going", "validate"), RUNS["going"][1]
-    url = expected("validate", f"{PROJECT}.ingest", going_run, going)["link_data_docs"]
+    url = expected("model", "validate", f"{PROJECT}.ingest", going_run, going)["link_data_docs"]
     answer = house.get(url)
     assert answer.status_code == 202 and "Data Docs: not there yet" in answer.text
     assert re.search(r'http-equiv="refresh" content="\d+"', answer.text)
     assert answer.headers["retry-after"]
     # This attempt failed and left none: nothing is promised.
-    ended = house.get(expected("validate", f"{PROJECT}.ingest", "x", attempt("failed", "validate"))["link_data_docs"])
+    ended = house.get(expected("model", "validate", f"{PROJECT}.ingest", "x", attempt("failed", "validate"))["link_data_docs"])
     assert ended.status_code == 404 and "4 checks fail" in ended.text and "refresh" not in ended.text
     nothing = house.get(f"/orrery/evidence/{TRAIN}/{attempt('kept', 'train', 7)}/evidence/x.html")
     assert nothing.status_code == 404 and "no such attempt" in nothing.text

@@ -86,6 +86,7 @@ class StepOperator(BaseOperator):
         # What the run was called when this attempt began to wait: who clears another of its tasks gives it a new name.
         self._run: str | None = None
         self._faults: tuple[Fault, ...] = ()  # that are rehearsed; on a cluster none
+        self._partial = False  # whether sources of documents may have shrunk
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Return a small summary of the result. Raises the typed error of the step (see `retry`)."""
@@ -103,7 +104,7 @@ class StepOperator(BaseOperator):
     def _execute(self, context: Context) -> dict[str, Any]:
         planner = planner_of(self.project)
         asked = params.read(context, planner)
-        self._faults = asked.faults
+        self._faults, self._partial = asked.faults, asked.partial
         wanted = self._requests(context, planner, asked)
         if asked.dry_run:
             self._say_plan(planner, wanted)
@@ -170,7 +171,7 @@ class StepOperator(BaseOperator):
                 actor=actor,
                 reason=reason,
                 force=force and (self.verb != "monitor" or group == keys),
-                options=self._options(context, asked),
+                options=self._options(context),
                 compute=self.compute,
                 kind=planner.kind,
                 cleared=tuple(name for name in params.cleared_names(dag_run) if name != run),
@@ -188,11 +189,11 @@ class StepOperator(BaseOperator):
             planner, asked.version, run=run, attempt=attempt, actor=asked.actor, reason=asked.reason
         )
 
-    def _options(self, context: Context, asked: params.Asked) -> Mapping[str, Any]:
+    def _options(self, context: Context) -> Mapping[str, Any]:
         if self.verb == "trial":
             return {"number": self.number}
         if self.verb == "collect":
-            return {"partial": asked.partial}
+            return {"partial": self._partial}
         if self.verb == "evaluate" and self.kind == "knowledge_base":
             return {LIVE: params.verb_of(context["dag_run"]) == "evaluate"}
         if self.verb != "promote" or self.kind != "model":
