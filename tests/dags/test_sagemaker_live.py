@@ -120,7 +120,8 @@ def test_a_job_ends_with_its_task_and_outlives_a_triggerer(
         live.wait("delays.train", run, "train", "deferred")
         live.settled(run, "train", "deferred")
         # A person marks the waiting task as failed: the job is told to stop.
-        until(lambda: "DescribeTrainingJob" in sagemaker.calls[-3:], "the triggerer looks")
+        # Twice: marked failed in the very moment in which its trigger starts, Airflow forgets to tell the trigger.
+        until(lambda: sagemaker.calls.count("DescribeTrainingJob") > 1, "the triggerer looks")
         path = f"dags/delays.train/dagRuns/{run}/taskInstances/train"
         assert live.call("eve", "PATCH", path, json={"new_state": "failed"}).is_success
         until(lambda: sagemaker.jobs[first].stopped == 1, f"job {first} is stopped {live.log()}")
