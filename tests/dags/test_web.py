@@ -259,7 +259,9 @@ def test_evidence_that_is_not_there_yet_looks_again_until_the_attempt_has_ended(
     assert re.search(r'http-equiv="refresh" content="\d+"', answer.text)
     assert answer.headers["retry-after"]
     # This attempt failed and left none: nothing is promised.
-    ended = house.get(expected("model", "validate", f"{PROJECT}.ingest", "x", attempt("failed", "validate"))["link_data_docs"])
+    ended = house.get(
+        expected("model", "validate", f"{PROJECT}.ingest", "x", attempt("failed", "validate"))["link_data_docs"]
+    )
     assert ended.status_code == 404 and "4 checks fail" in ended.text and "refresh" not in ended.text
     nothing = house.get(f"/orrery/evidence/{TRAIN}/{attempt('kept', 'train', 7)}/evidence/x.html")
     assert nothing.status_code == 404 and "no such attempt" in nothing.text
