@@ -46,6 +46,11 @@ def actor() -> str:
         return f"uid {os.getuid()}"
 
 
+def _run_name(now: datetime) -> str:
+    """Return what a run of the command line is called in store and ledger."""
+    return f"cli--{now:%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+
+
 def share(text: str, option: str = "--sample") -> float:
     """Return `1%` or `0.01` as a share between 0 and 1. Raises `RequestError`."""
     try:
@@ -99,7 +104,7 @@ def run(
     rehearsed = faults.read(os.environ.get(faults.VARIABLE, ""), planner.platform, platform.profile())
     keys = planner.partitions_of(partition, window)
     whole = planner.verbs[step].scope == "window"
-    name = f"cli--{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+    name = _run_name(datetime.now(UTC))
     for group in [keys] if whole else [(k,) for k in keys]:
         request = Request(
             project=project,
@@ -138,7 +143,7 @@ def _run_knowledge(
     # It names the generation; what is read is what the sources hold now, whatever the day is called.
     keys = planner.partitions_of(day or key_of(now, planner.grain), None)
     rehearsed = faults.read(os.environ.get(faults.VARIABLE, ""), planner.platform, platform.profile())
-    name = f"cli--{now:%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+    name = _run_name(now)
     for verb in chain if step == "reindex" else [step]:
         request = Request(
             project=planner.project,
@@ -319,7 +324,7 @@ def rollback(
     from orrery.runner import run as carry
 
     planner = planner_of(project)
-    name = f"cli--{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+    name = _run_name(datetime.now(UTC))
     request = rollback_request(planner, to, run=name, actor=actor(), reason=reason)
     show("rollback", request.key, carry(planner, request, LocalProcess()))
     before, after = request.options["previous"], request.options["version"]
@@ -388,7 +393,7 @@ def housekeeping(
     """Remove what is no longer needed from store and machine: `retention` in platform.yaml. Pods: the Dag's task."""
     from orrery.housekeeping import house
 
-    name = f"cli--{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+    name = _run_name(datetime.now(UTC))
     asked = house.Asked(name, actor(), dry_run, project, share(share_, "--share") if share_ else None)
     told = house.keep(asked, (lambda line: None) if as_json else (lambda line: out.print(line, markup=False)))
     if as_json:

@@ -38,7 +38,7 @@ from orrery.housekeeping.references import DAY, Marks, Recorded, mark, named
 from orrery.lease import Lease
 from orrery.ledger import Ledger, Phase
 from orrery.platform import Retention
-from orrery.rag.planning import POINTER
+from orrery.rag import pointer
 from orrery.store import Manifest, Store, trouble
 
 BATCH = 256  # documents read at once
@@ -170,13 +170,9 @@ class Sweep:
 
         A rollback goes back to those that `live.json` names; older ones go by `retention.outputs` like any output.
         """
-        try:
-            live = self.store.read_json(f"{project}/{POINTER}")
-        except FileNotFoundError:
-            return forever
-        except ValueError:  # nobody knows what it named
-            return forever
-        return set(named(live))
+        live = pointer.read(self.store, project)
+        # A model has none; of one that cannot be read nobody knows what it named.
+        return set(named(live)) if live else forever
 
     def _refuse_half_a_listing(self, inventory: Inventory, records: dict[str, Recorded]) -> None:
         """Raise `UserError` where the store has what the ledger names and the listing lacks it."""

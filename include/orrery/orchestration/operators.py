@@ -110,11 +110,11 @@ class StepOperator(BaseOperator):
             self._say_plan(planner, wanted)
             raise AirflowSkipException("dry run: nothing was done")
         result = self._all(context, planner, wanted)
-        if self.verb != "gate" and result.verdict in NOTHING_MADE:
+        made_nothing = self.verb != "gate" and result.verdict in NOTHING_MADE
+        # Most nights change nothing: nobody is told of a generation that has been live for weeks.
+        still_live = self.kind == "knowledge_base" and self.verb == "promote" and bool(result.skipped)
+        if made_nothing or still_live:
             # Green and told apart: a task that succeeds would announce its outlets, a champion that is none.
-            raise AirflowSkipException(f"{self.verb}: {result.skipped}")
-        if self.kind == "knowledge_base" and self.verb == "promote" and result.skipped:
-            # Most nights change nothing: nobody is told of a live generation that has been live for weeks.
             raise AirflowSkipException(f"{self.verb}: {result.skipped}")
         if self.number is not None:
             context["trial"] = trial_name(self.number, result)

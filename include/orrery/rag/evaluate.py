@@ -44,7 +44,7 @@ from orrery.step import Work
 from orrery.store import Manifest
 
 DEPTH = 10
-LIVE = "live.json"
+LIVE = "live"
 # Each question is asked so often, and the quietest counts: other processes of a machine only add time.
 ROUNDS = 2
 SHOWN = 5

@@ -11,6 +11,7 @@ from orrery.errors import RequestError, SpecError, nearest
 from orrery.ledger import Ledger
 from orrery.partitions import Grain
 from orrery.planner import BasePlanner, Request
+from orrery.rag import pointer
 from orrery.rag.contract import OriginRef
 from orrery.rag.spec import DocumentSource, KnowledgeBaseSpec
 from orrery.spec import load_knowledge
@@ -31,7 +32,6 @@ ON_A_SERVER = ("index", "evaluate")
 NEWEST = 14
 USE_QDRANT = (*ON_A_SERVER, "promote", "rollback")
 QDRANT_KEY = "ORRERY_QDRANT_KEY"
-POINTER = "live.json"
 LIVE = "live"  # an option of `evaluate`: look at the live generation instead of the one just made
 
 
@@ -95,20 +95,12 @@ class KnowledgePlanner(BasePlanner):
         done = super()._released(request, inputs)
         if done is None or done.verdict == "kept":
             return done
-        live, verdict = self.pointer(), self.store.need(inputs["verdict"][0])
+        live, verdict = pointer.read(self.store, self.project), self.store.need(inputs["verdict"][0])
         same = live.get("generation") == inputs["candidate"][0].path
         proven = bool(live.get("proven"))
         # Evaluated anew, on other questions or settings, it is told anew; without questions what was proven stands.
         told = live.get("evaluation") == inputs["evaluation"][0].path and proven == bool(verdict.facts.get("proven"))
         return done if same and (told or (proven and not verdict.facts.get("proven"))) else None
-
-    def pointer(self) -> dict[str, Any]:
-        """Return what services follow; empty where that is not there, or is no pointer."""
-        try:
-            found = self.store.read_json(f"{self.project}/{POINTER}")
-        except (FileNotFoundError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
 
     def _publishes(self, request: Request) -> bool:
         # A look at what is live must not become the evaluation of the candidate of that day.
@@ -266,7 +258,7 @@ class KnowledgePlanner(BasePlanner):
         judge = None
         if self.spec.judge is not None:
             judge = self.endpoint(self.spec.judge, "judge")
-        proven = rival and bool(self.pointer().get("proven", True))
+        proven = rival and bool(pointer.read(self.store, self.project).get("proven", True))
         told = {"qdrant": self.platform.qdrant, "judge": judge, "live_is_proven": proven}
         return self.verbs["evaluate"].params.model_validate(told)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from orrery.contract import Result
 from orrery.errors import UserError
+from orrery.rag import pointer as pointing
 from orrery.rag.contract import PublishParams
 from orrery.rag.engines import Engine
 from orrery.rag.generations import POINTS, facts_of, open_generation, verified
@@ -24,7 +25,6 @@ from orrery.rag.retrieval import retrieve
 from orrery.step import Work
 from orrery.store import Manifest
 
-LIVE = "live.json"
 PROBE = "Is anybody there?"
 # How many generations that were live before the present one a rollback finds on a server.
 BEFORE = 3
@@ -38,7 +38,7 @@ def run(work: Work, params: PublishParams) -> Result:
     verdict = work.input("verdict")
     if verdict.result["verdict"] != "promote" or verdict.inputs["evaluation"][0].path != evaluation.path:
         raise UserError(f"{verdict.path} does not say that {generation.path} may go live", hint="run gate again")
-    now, proven = live(work), bool(verdict.facts["proven"])
+    now, proven = pointing.read(work.store, work.config.project), bool(verdict.facts["proven"])
     if not proven and now.get("proven") and now.get("generation") != generation.path:
         raise UserError(
             f"{generation.path} is unproven, and what is live (version {now.get('version')}) has been proven",
@@ -64,7 +64,13 @@ def publish(
         from orrery.rag.engines.server import connect, point_alias
 
         point_alias(connect(params.qdrant), work.config.project, facts.collection, params.qdrant)
-    told = pointer(params.version, generation, evaluation, proven=proven, before=earlier(live(work), generation))
+    told = pointer(
+        params.version,
+        generation,
+        evaluation,
+        proven=proven,
+        before=earlier(pointing.read(work.store, work.config.project), generation),
+    )
     put(work, told)
     removed = retire(work, params.qdrant, [generation.path, *(one["generation"] for one in told["before"])])
     said = f"version {params.version} is {how}: {count:,} passages of {generation.key}"
@@ -127,15 +133,6 @@ def pointer(
     }
 
 
-def live(work: Work) -> dict[str, Any]:
-    """Return the pointer as it is now; empty when there is none, or none that can be read."""
-    try:
-        now = work.store.read_json(f"{work.config.project}/{LIVE}")
-    except (FileNotFoundError, ValueError):
-        return {}
-    return now if isinstance(now, dict) else {}
-
-
 def earlier(now: dict[str, Any], generation: Manifest) -> list[dict[str, str]]:
     """Return what was live before `generation`, the last first: each once, and `BEFORE` of them."""
     given = now.get("before")
@@ -151,6 +148,6 @@ def earlier(now: dict[str, Any], generation: Manifest) -> list[dict[str, str]]:
 
 def put(work: Work, told: dict[str, Any]) -> None:
     """Put the pointer; one that says the same stays, so that nobody switches for nothing."""
-    now = live(work)
+    now = pointing.read(work.store, work.config.project)
     if {**now, "at": None} != {**told, "at": None}:
-        work.store.put(f"{work.config.project}/{LIVE}", json.dumps(told, indent=1, sort_keys=True).encode())
+        work.store.put(pointing.path(work.config.project), json.dumps(told, indent=1, sort_keys=True).encode())

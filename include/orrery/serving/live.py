@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from orrery import log
 from orrery.errors import OrreryError, TryAgain, UserError
+from orrery.rag.pointer import path
 from orrery.serving.knowledge import Asking, Knowledge, Opener
 from orrery.serving.settings import Settings
 from orrery.store import Store
@@ -130,7 +131,7 @@ class Live:
     async def look(self) -> None:
         """Look once at the pointer, and switch when it has changed. Never raises."""
         try:
-            data = await self._off_loop(lambda: self.store.read(f"{self.project}/live.json"))
+            data = await self._off_loop(lambda: self.store.read(path(self.project)))
         except FileNotFoundError:
             self.outage = None if self.current else f"nothing of {self.project} is live yet"
             return
