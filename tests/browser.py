@@ -117,6 +117,12 @@ class Page:
         self.call("Page.navigate", url=url)
         self.wait("location.href !== 'about:blank' && document.readyState === 'complete'", url)
 
+    def reload(self) -> None:
+        """Load the page anew, and wait until the new document is there: the old one answers until then."""
+        self.js("window.old = true")
+        self.call("Page.reload")
+        self.wait("!window.old && document.readyState === 'complete'", "the page, loaded anew")
+
     def look(self, width: int, dark: bool, height: int = 900) -> None:
         """Set the size of the window and the system's theme."""
         self.call(

@@ -179,8 +179,9 @@ TOTAL, EVERY, STEP_S = 100_000, 10, 0.02
 
 
 def go_on(work: Work, marks: Path, save_s: float) -> Result:
-    """Like a training: take steps until `go` is there, a checkpoint each ten; told to stop, save for `save_s` seconds.
+    """Like a training: take steps until `go` is there, a checkpoint each ten; told to stop, save.
 
+    Saving lasts for `save_s` seconds at most, and ends before when `saved` is there.
     `started` holds the step that it went on from. What it saves lies at the address, so every attempt finds it.
     """
     told = list[int]()
@@ -192,16 +193,19 @@ def go_on(work: Work, marks: Path, save_s: float) -> Result:
     while not (marks / "go").exists():
         time.sleep(STEP_S)
         step += 1
-        if told:
-            time.sleep(save_s)
-        if told or step % EVERY == 0:
+        stop = bool(told)  # once: it may come at any line, and nothing of the saving is left out
+        if stop:
+            end = time.monotonic() + save_s
+            while time.monotonic() < end and not (marks / "saved").exists():
+                time.sleep(STEP_S)
+        if stop or step % EVERY == 0:
             work.store.put(saved, str(step).encode())
             committed = step
         now = Progress(
             began=began, now=time.time(), resumed=resumed, step=step, committed=committed, total=TOTAL, step_s=STEP_S
         )
         work.store.put(f"{work.config.folder}/{goodput.NAME}", now.model_dump_json().encode())
-        if told:
+        if stop:
             details = {"step": step, "resumed": resumed, "committed": committed}
             raise Interrupted(f"SIGTERM: saved at step {step}", details=details)
     return _write(work, resumed)

@@ -319,7 +319,7 @@ def test_a_token_is_asked_for_and_stays_in_the_tab(page: Page, guarded: House) -
     assert text(page, "#who-text") == "You read as t1 (everyone, team)."
     assert page.js("[sessionStorage.length, localStorage.length, document.cookie]") == [1, 0, ""]
     page.open(guarded.url + "#q=the%20key")
-    page.js("location.reload()")
+    page.reload()
     page.wait("document.querySelector('#sources h3')?.innerText === 'Safe'", "the token is remembered")
     page.click("#forget")
     page.wait("document.activeElement.id === 'token'", "it is forgotten")
