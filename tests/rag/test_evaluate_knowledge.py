@@ -122,7 +122,7 @@ def test_a_first_generation_is_measured_and_promoted(house: House, tmp_path: Pat
     assert json.loads(house.read("verdict", "verdict.json"))["proven"] is True
 
     page = evidence(house, done["evaluate"], "Retrieval").decode()
-    assert page.count("<img") == 3
+    assert page.count("<img") == 4
     assert evidence(house, done["evaluate"], "Abstention").startswith(b"\x89PNG")
 
     calibration = open_calibration(house.store, house.manifest("evaluation"), tmp_path)
@@ -189,11 +189,13 @@ def test_a_generation_that_lost_documents_is_kept(house: House) -> None:
     difference = told["live"]["differences"]["recall_at_10"]
     assert difference["low"] <= difference["delta"] < -0.2
     assert difference["high"] < 0
-    assert next(q for q in told["per_question"] if q["id"] == "q00")["live_rank"] == 1
+    # First or second: the words of all pages but two are the same, so their places in the list of words are anybody's.
+    was = next(q for q in told["per_question"] if q["id"] == "q00")["live_rank"]
+    assert was in (1, 2)
     assert len(told["lost"]) == 8
     assert done["gate"].verdict == "kept"
     assert any("that is worse by more than 0.01" in reason for reason in done["gate"].reasons)
-    assert b"live has it at 1" in evidence(house, done["evaluate"], "Retrieval")
+    assert f"live has it at {was}" in evidence(house, done["evaluate"], "Retrieval").decode()
 
 
 def test_a_live_generation_that_cannot_be_opened_holds_by_what_was_measured_of_it(house: House) -> None:
@@ -259,6 +261,7 @@ def test_figures_and_plots_are_in_mlflow_and_one_that_is_away_costs_nothing(
     assert [p for p, _ in Tracking.calls if p.startswith("mlflow-artifacts")] == [
         "mlflow-artifacts/artifacts/1/r1/figures.png",
         "mlflow-artifacts/artifacts/1/r1/ranks.png",
+        "mlflow-artifacts/artifacts/1/r1/answers.png",
     ]
     again = house.run("evaluate", run="run-2", force=True)  # nobody listens there any more
     assert again.digest == done.digest

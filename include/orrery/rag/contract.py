@@ -55,6 +55,7 @@ class ProveParams(Params):
     qdrant: str | None = None
     live_is_proven: bool = Field(False, description="Whether what is live was proven on questions.")
     judge: dict[str, Any] | None = Field(None, description="`LanguageModel` of platform.yaml that judges answers.")
+    llm: dict[str, Any] | None = Field(None, description="`LanguageModel` of platform.yaml that answers questions.")
 
 
 class KnowledgeGateParams(Params):

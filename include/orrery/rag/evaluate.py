@@ -4,7 +4,8 @@ First index, chunks and documents are reconciled id by id. Then each labelled qu
 of this generation and of the live one where that is another; nDCG@10, recall@10 and MRR come from ir-measures, and the
 difference from a paired bootstrap over the questions, whose interval is told. A question whose passage is nowhere in
 a generation counts as missed there. Last, when to abstain is fitted and measured out of fold (`calibrate`).
-Without questions there is reconciliation alone, and what is found is unproven.
+Without questions there is reconciliation alone, and what is found is unproven. What the service would answer, and how
+well that rests on what it cites, is told beside it (`answered`).
 
     report.json         reconciliation, figures of both, the difference, and each question's outcome
     calibration.json    when to abstain, or null; with lexicon.npz and tokenizer.json (see `abstention`)
@@ -28,10 +29,11 @@ from orrery.contract import Result
 from orrery.errors import UserError
 from orrery.evaluation.bootstrap import differences, mean_statistic
 from orrery.platform import LanguageModel
-from orrery.rag import calibrate, figures, judge, questions, tracked
+from orrery.rag import answered, calibrate, figures, judge, questions, tracked
 from orrery.rag.abstention import CALIBRATION, LEXICON, Calibration, Lexicon, signals, write_lexicon
 from orrery.rag.contract import ProveParams
 from orrery.rag.embedding.session import MODEL, TOKENIZER, store_folder
+from orrery.rag.embedding.sparse import terms
 from orrery.rag.gate import QUALITY
 from orrery.rag.generations import Generation, open_generation
 from orrery.rag.questions import Labels, Question
@@ -44,10 +46,13 @@ from orrery.step import Work
 from orrery.store import Manifest
 
 DEPTH = 10
+# Told, never judged by the gate.
+ANSWERS = ("sentence_support", "citation_precision", "answers")
 LIVE = "live"
 # Each question is asked so often, and the quietest counts: other processes of a machine only add time.
 ROUNDS = 2
 SHOWN = 5
+SAID = ("judge", "answers")
 
 
 @dataclass
@@ -120,6 +125,7 @@ class _Measured:
         self.told: calibrate.Measured | None = None
         self.rows: list[dict[str, float]] = []
         self.judged: dict[str, Any] | None = None
+        self.answers: dict[str, Any] | None = None
         self.reasons: list[str] = []
 
     @property
@@ -138,6 +144,7 @@ class _Measured:
             signals(q.question, self.own.found[q.id][: self.spec.retrieval.top_k], words) for q in self.questions
         ]
         self._calibrate(words, generation)
+        self._answer(generation)
         if self.params.judge is not None:
             self._judge(LanguageModel.model_validate(self.params.judge))
 
@@ -151,6 +158,38 @@ class _Measured:
         self.calibration = calibrate.fit(x, kinds, words, self.params.seed, self.told.told())
         folder = store_folder(self.work.store, generation.facts.embedder, self.work.scratch / "open")
         shutil.copyfile(folder / TOKENIZER, self.work.scratch / TOKENIZER)
+
+    def _answer(self, generation: Generation) -> None:
+        """Have the questions answered that would be: answerable ones on which the service would not abstain."""
+        assert self.own is not None
+        found, top_k, language = self.own.found, self.spec.retrieval.top_k, generation.sparse.language
+        asked = [
+            answered.Asked(q.id, q.question, found[q.id][:top_k])
+            for n, q in enumerate(self.questions)
+            if q.answerable and found[q.id] and not self._abstains(n)
+        ]
+        endpoint = None if self.params.llm is None else LanguageModel.model_validate(self.params.llm)
+        made = answered.answer(
+            endpoint,
+            asked,
+            self.spec.answers,
+            tokens=generation.embedder.count,
+            terms=lambda text: terms(text, language),
+            embed=generation.embedder.embed,
+            language=language,
+            seed=self.params.seed,
+        )
+        self.answers = made.told()
+        if made.trouble:
+            self.work.log.warning(f"the language model was not asked to the end: {made.trouble}")
+
+    def _abstains(self, number: int) -> bool:
+        """Tell whether the service would abstain, by what is fitted on all questions and the spec's own bound."""
+        if self.calibration is None:
+            return False
+        below = self.spec.answers.abstain
+        bound = self.calibration.threshold if below is None else below
+        return self.calibration.score(self.rows[number]) < bound
 
     def _judge(self, endpoint: LanguageModel) -> None:
         assert self.own is not None
@@ -191,7 +230,9 @@ class _Measured:
         """Write the files and the page; return the result."""
         report = self.report()
         if self.work.config.address is None:  # on a server: what was found there decides where it is kept
-            at = fingerprint.digest([self.work.config.fingerprint, report])[:32]
+            # But for what models said: they say something else each night, and an evaluation elsewhere goes live anew.
+            found = {name: told for name, told in report.items() if name not in SAID}
+            at = fingerprint.digest([self.work.config.fingerprint, found])[:32]
             with self.work.at(at) as fresh:
                 if fresh:
                     self._write(report)
@@ -199,6 +240,8 @@ class _Measured:
             self._write(report)
         metrics = {**report["metrics"], **self._latency(), "questions": float(report["questions"])}
         metrics |= {"chunks": float(self.whole.found)}
+        if self.answers is not None:
+            metrics |= {name: self.answers[name] for name in ANSWERS}
         result = Result(
             metrics={k: float(v) for k, v in metrics.items() if v is not None},
             reasons=[*self._sentences(report), *self.reasons],
@@ -215,7 +258,8 @@ class _Measured:
         result.links["Retrieval"] = self.work.evidence("retrieval.html", page)
         for name, data in drawn.items():
             result.links[name] = self.work.evidence(f"{name.lower().replace(' ', '-')}.png", data)
-        tracked.log(self.work, result.metrics, drawn)
+        if tracked.log(self.work, result.metrics, drawn) is not None:
+            tracked.over_time(self.work, result.metrics)
         return result
 
     def report(self) -> dict[str, Any]:
@@ -240,6 +284,7 @@ class _Measured:
             "reconciliation": self.whole.told(),
             "abstention": self.told.told() if self.told is not None else None,
             "judge": self.judged,
+            "answers": self.answers,
             "per_question": [self._each(n, q) for n, q in enumerate(self.questions)] if self.own else [],
         }
 
@@ -300,6 +345,8 @@ class _Measured:
             )
         if report["lost"]:
             told.append(f"{len(report['lost'])} questions have lost their passage: the sources changed, relabel them")
+        if self.answers is not None:
+            told += answered.sentences(self.answers)
         return told
 
 

@@ -24,6 +24,8 @@ DEPTH = 10
 BINS = 20
 CURVE = 5
 MOST_ROWS = 200
+SHARES = 10
+WORST = 20
 Judged = tuple[list[bool], list[float], float]  # answerable, probability out of fold, threshold
 
 
@@ -34,6 +36,8 @@ def draw(title: str, report: Mapping[str, Any], judged: Judged | None) -> dict[s
     out = {"Figures": _figures(title, report), "Ranks": _ranks(title, report)}
     if judged is not None:
         out["Abstention"] = _abstention(title, *judged)
+    if (report.get("answers") or {}).get("answers"):
+        out["Answers"] = _answers(title, report["answers"])
     return out
 
 
@@ -115,6 +119,29 @@ def _curve(axes: Axes, y: np.ndarray[Any, Any], p: np.ndarray[Any, Any]) -> None
     axes.grid(alpha=0.25)
 
 
+def _answers(title: str, told: Mapping[str, Any]) -> bytes:
+    """How many answers rest on their passages how well: shares of sentences, and of citations."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    shares = [[a[key] for a in told["each"] if a[key] is not None] for key in ("supported", "precision")]
+    # A bin of its own for what is wholly supported, which most are.
+    edges = [*np.linspace(0, 1, SHARES + 1), 1 + 1 / SHARES]
+    labels = ["sentences that are supported", "citations that hold"]
+    axes.hist(shares, edges, color=[NEW, LIVE], label=labels)
+    at = [*np.linspace(0, 0.8, 5), 1 + 0.5 / SHARES]
+    axes.set_xticks(at, ["0 %", "20 %", "40 %", "60 %", "80 %", "all"])
+    axes.set(xlabel="share of an answer", ylabel="answers", xlim=(0, 1 + 1 / SHARES))
+    axes.set_title(f"{title}\n{told['answers']:.0f} answers, {by(told)}", fontsize=10)
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend(frameon=False, fontsize=9, loc="upper left")
+    return _png(figure)
+
+
+def by(told: Mapping[str, Any]) -> str:
+    """Return who wrote the answers."""
+    return "the passages' own sentences" if told["model"] is None else f"by {told['model']}"
+
+
 def _png(figure: Figure) -> bytes:
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
@@ -128,7 +155,7 @@ STYLE = (
     "body{font:15px/1.45 system-ui;margin:1rem auto;max-width:70rem;padding:0 1rem;color:#1a1a1a;background:#fff}"
     "figure{display:inline-block;margin:.5rem}img{max-width:100%}table{border-collapse:collapse;width:100%}"
     "td,th{border-bottom:1px solid #ddd;padding:.3rem .5rem;text-align:left;vertical-align:top}"
-    ".bad{color:#a32400;font-weight:600}.n{text-align:right;font-variant-numeric:tabular-nums}"
+    "mark{background:#ffe2d6;color:inherit}.bad{color:#a32400;font-weight:600}.n{text-align:right;font-variant-numeric:tabular-nums}"
 )
 
 
@@ -143,6 +170,7 @@ def page(title: str, report: Mapping[str, Any], metrics: Mapping[str, float], dr
         parts.append("<p>No questions were asked: what was found is unproven.</p>")
     else:
         parts += [_numbers(report, metrics), *_images(drawn), _lost(report["lost"]), _missed(report)]
+        parts.append(_unsupported(report))
     return "\n".join([*parts, "</html>"]).encode()
 
 
@@ -178,6 +206,10 @@ def _numbers(report: Mapping[str, Any], metrics: Mapping[str, float]) -> str:
     if a is not None:
         for words, key in (("unanswerable, abstained", "abstained"), ("answerable, abstained wrongly", "wrongly")):
             rows.append((words, f"{a[key]:.1%}", "–", f"95 % interval {a[f'{key}_low']:.1%} … {a[f'{key}_high']:.1%}"))
+    said = report.get("answers") or {}
+    for words, key in (("sentences supported", "sentence_support"), ("citations that hold", "citation_precision")):
+        if said.get(key) is not None:
+            rows.append((f"answers, {words}", f"{said[key]:.1%}", "–", f"{said['answers']:.0f} answers, {by(said)}"))
     rows += [(f"retrieval, {k[:3]}", f"{metrics[k]:.1f} ms", "–", "–") for k in ("p50_ms", "p99_ms") if k in metrics]
     return _table(("", "this generation", "live", "difference, 95 % interval"), rows)
 
@@ -215,6 +247,34 @@ def _missed(report: Mapping[str, Any]) -> str:
         return "<p>No question was missed or judged wrongly.</p>"
     head = ("id", "question", "rank", "probability", "what", "found first")
     return f"<h2>Questions to look at ({len(rows)})</h2>" + _table(head, rows[:MOST_ROWS])
+
+
+def _unsupported(report: Mapping[str, Any]) -> str:
+    """The answers that rest worst on what they cite, with the sentences that do not."""
+    told = report.get("answers")
+    if told is None:
+        return ""
+    asked = {q["id"]: q["question"] for q in report["per_question"]}
+    counted = f"{told['answers']:.0f} answers, {by(told)}"
+    worst = sorted((a for a in told["each"] if a["unsupported"]), key=lambda a: (a["supported"], a["id"]))
+    title = f"<h2>Answers, and what they rest on ({html.escape(counted)})</h2>"
+    trouble = f'<p class="bad">{html.escape(told["trouble"])}</p>' if told["trouble"] else ""
+    if not worst:
+        return f"{title}{trouble}<p>Each sentence that was looked at is supported by what it cites.</p>"
+    rows = []
+    for one in worst[:WORST]:
+        cells = (one["id"], asked[one["id"]], f"{one['supported']:.0%}", one["answer"])
+        marked = "<br>".join(_marked(sentence) for sentence in one["unsupported"])
+        rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + f"<td>{marked}</td>")
+    head = ("id", "question", "supported", "answer", "sentences that are not")
+    top = "".join(f"<th>{text}</th>" for text in head)
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f"{title}{trouble}<p>{len(worst)} have a sentence that is not.</p><table><tr>{top}</tr>{body}</table>"
+
+
+def _marked(sentence: Mapping[str, Any]) -> str:
+    missing = f" (not there: {', '.join(sentence['missing'])})" if sentence["missing"] else ""
+    return f"<mark>{html.escape(sentence['text'])}</mark>{html.escape(missing)}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -6,7 +6,6 @@ model, and models err. One that is away, slow or babbles costs the figures that 
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from collections.abc import Sequence
@@ -15,11 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from orrery.errors import TryAgain, UserError
-from orrery.llm.client import Model
 from orrery.platform import LanguageModel
+from orrery.rag import asking
 
-MOST_ASKED, AT_ONCE, FAILURES = 40, 4, 3
+MOST_ASKED = 40
 MOST_CHARACTERS = 1500
 ANSWER_TOKENS = 120
 SYSTEM = (
@@ -82,35 +80,9 @@ def sample(questions: Sequence[Asked], seed: int, most: int = MOST_ASKED) -> lis
 
 def judge(endpoint: LanguageModel, asked: Sequence[Asked]) -> Judged:
     """Ask the judge. Raises nothing that a model's server can cause: what it did not say is missing."""
-    try:
-        return asyncio.run(_judge(endpoint, asked))
-    except (TryAgain, UserError) as e:  # no key, no server: nobody could be asked
-        return Judged((), e.message)
-
-
-async def _judge(endpoint: LanguageModel, asked: Sequence[Asked]) -> Judged:
-    model, gate = Model(endpoint), asyncio.Semaphore(AT_ONCE)
-    failures = 0
-    trouble: str | None = None
-
-    async def one(question: Asked) -> Opinion | None:
-        nonlocal failures, trouble
-        async with gate:
-            if failures >= FAILURES:
-                return None
-            try:
-                said = await model.complete(prompt(question), max_tokens=ANSWER_TOKENS)
-            except (TryAgain, UserError) as e:
-                failures, trouble = failures + 1, e.message
-                return None
-            failures = 0
-            return Opinion(question.id, *parse(said))
-
-    try:
-        opinions = await asyncio.gather(*[one(question) for question in asked])
-    finally:
-        await model.close()
-    return Judged(tuple(o for o in opinions if o is not None), trouble)
+    said = asking.ask(endpoint, [prompt(question) for question in asked], ANSWER_TOKENS)
+    pairs = zip(asked, said.texts, strict=True)
+    return Judged(tuple(Opinion(q.id, *parse(text)) for q, text in pairs if text is not None), said.trouble)
 
 
 def prompt(asked: Asked) -> list[dict[str, str]]:

@@ -255,11 +255,10 @@ class KnowledgePlanner(BasePlanner):
         return self.verbs["index"].params.model_validate({"qdrant": self.platform.qdrant})
 
     def _evaluating(self, *, rival: bool) -> Params:
-        judge = None
-        if self.spec.judge is not None:
-            judge = self.endpoint(self.spec.judge, "judge")
+        named = {"judge": self.spec.judge, "llm": self.spec.llm}
+        models = {field: self.endpoint(name, field) for field, name in named.items() if name is not None}
         proven = rival and bool(pointer.read(self.store, self.project).get("proven", True))
-        told = {"qdrant": self.platform.qdrant, "judge": judge, "live_is_proven": proven}
+        told = {"qdrant": self.platform.qdrant, "live_is_proven": proven, **models}
         return self.verbs["evaluate"].params.model_validate(told)
 
     def endpoint(self, name: str, field: str) -> dict[str, Any]:

@@ -22,8 +22,14 @@ from orrery.rag.embedding.stopwords import STOP_WORDS
 Embed = Callable[[Sequence[str]], Any]  # texts to vectors of length 1 (n, d)
 MOST, SOME = 0.7, 0.3
 SAME, CLOSE = 0.8, 0.6
-_CITATION = re.compile(r"\s*\[(\d{1,3})\]")
-_ENDS = re.compile(r"(?<=[.!?…])[\"')\]]*\s+|\n+")
+# Not from within a run of spaces: that would look through the whole run again at each of them.
+_CITATION = re.compile(r"(?<!\s)\s*\[(\d{1,3})\]")
+# A sentence's sign and what closes it: both belong to it.
+_ENDS = re.compile(r"([.!?…][\"'”’»)\]]*)\s+")
+# Citations behind the sign that ends their sentence, and what closes it.
+_BEHIND = re.compile(r"([.!?…][\"'”’»)]*)((?:\s*\[\d{1,3}\])+)")
+# As the service reads them: a capital behind a citation begins a sentence, though none was ended.
+_NEXT = re.compile(r"(\[\d{1,3}\])[ \t]+(?=(\S))")
 
 
 @dataclass(frozen=True)
@@ -78,14 +84,20 @@ def split(answer: str) -> list[tuple[str, tuple[int, ...]]]:
 
     A citation after the full stop belongs to the sentence before it.
     """
-    moved = re.sub(r"([.!?…])((?:\s*\[\d{1,3}\])+)", r"\2\1", answer)
+    moved = _BEHIND.sub(r"\2\1", answer)
+    parted = _NEXT.sub(lambda m: f"{m[1]}\n" if m[2].isupper() else m[0], moved)
     found = []
-    for sentence in _ENDS.split(moved):
+    for sentence in _parts(parted):
         cited = tuple(dict.fromkeys(int(n) for n in _CITATION.findall(sentence)))
         text = _CITATION.sub("", sentence).strip()
         if words(text):
             found.append((text, cited))
     return found
+
+
+def _parts(text: str) -> list[str]:
+    """Return a text's sentences and lines, in order; some are empty."""
+    return _ENDS.sub(r"\1\n", text).split("\n")
 
 
 def citation_precision(answer: str, passages: Sequence[str], embed: Embed | None = None) -> float | None:
@@ -108,7 +120,7 @@ def _judge(
     best = max((_share(telling, held[n], language) for n in known), default=0.0)
     together = set().union(*held.values()) if held else set()
     # The first word's capital is the sentence's own.
-    named = [w for w in re.findall(r"\w+(?:[.-]\w+)*", text)[1:] if is_name(w)]
+    named = [w for w in re.findall(r"\w+(?:[.-]+\w+)*", text)[1:] if is_name(w)]
     missing = [w for w in dict.fromkeys(named) if not set(terms(w, language)) <= together]
     cosine = max((close.get((number, n), 0.0) for n in known), default=0.0)
     return Sentence(text, tuple(known), best, cosine, tuple(missing))
@@ -127,7 +139,7 @@ def _cosines(
     pairs = [(i, n) for i, (_, cited) in enumerate(said) for n in cited if 1 <= n <= len(passages)]
     if not pairs:
         return {}
-    parts = {n: [p for p in _ENDS.split(passages[n - 1]) if p.strip()] for n in {n for _, n in pairs}}
+    parts = {n: [p for p in _parts(passages[n - 1]) if p.strip()] for n in {n for _, n in pairs}}
     texts = [text for text, _ in said] + [part for some in parts.values() for part in some]
     vectors = np.asarray(embed(texts), np.float32)
     starts, at = {}, len(said)

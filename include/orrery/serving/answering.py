@@ -14,18 +14,18 @@ from typing import Literal, Protocol, TypeVar
 
 from orrery import log
 from orrery.errors import OrreryError, RequestError
+from orrery.rag.answers.citations import read
+from orrery.rag.answers.extract import Extract, answer
+from orrery.rag.answers.prompt import Message, messages
+from orrery.rag.answers.texts import Span, clean, heading_text, marked, one_line, sentences, window, within
 from orrery.rag.spec import KnowledgeBaseSpec
-from orrery.serving.citations import check
 from orrery.serving.contract import Answer, Query, Source
 from orrery.serving.declared import Declared
-from orrery.serving.extract import Extract, extract
 from orrery.serving.knowledge import Found, Knowledge, Stages
 from orrery.serving.live import Live, Serving
 from orrery.serving.metrics import Metrics
 from orrery.serving.pressure import Breaker, Full, Gate, Threads
-from orrery.serving.prompt import Message, messages, unfenced
 from orrery.serving.settings import Settings
-from orrery.serving.texts import Span, clean, heading_text, marked, one_line, sentences, window, within
 from orrery.serving.tokens import Caller
 
 Why = Literal["down", "slow", "busy", "resting", "refused", "uncited", "silent"]
@@ -355,11 +355,11 @@ class Answering:
         """Return what of the model's answer rests on passages that it was shown, else the passages' own sentences."""
         searched, why = begun.searched, written.why
         if why is None:
-            checked = check(unfenced(written.text), searched.shown)
+            checked = read(written.text, searched.shown)
             self.metrics.invented.inc(checked.invented)
-            if checked.covered:
+            why = checked.why
+            if why is None:
                 return self._answer(begun, trace, "answered", checked.covered, self.model_name, searched.sources)
-            why = "silent" if not checked.text or "passages do not say" in checked.text.lower() else "uncited"
         self.metrics.degraded.labels(why).inc()
         found, question, knowledge = searched.found, begun.query.question, begun.serving.knowledge
         text, shown = PASSAGES_ONLY, searched.sources
@@ -395,8 +395,7 @@ class Answering:
 
 def _extract(knowledge: Knowledge, question: str, found: Sequence[Found], trace: Trace) -> Extract:
     began = time.perf_counter()
-    texts, wanted = [clean(f.text) for f in found], frozenset(knowledge.terms(question))
-    made = extract(texts, wanted, knowledge.terms)
+    made = answer(question, [f.text for f in found], knowledge.terms)
     trace.add("extract", time.perf_counter() - began)
     return made
 

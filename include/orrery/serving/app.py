@@ -21,6 +21,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from orrery.errors import OrreryError, TryAgain
+from orrery.rag.answers.texts import clean, heading_text, one_line
 from orrery.rag.spec import KnowledgeBaseSpec
 from orrery.serving import feedback as thumbs
 from orrery.serving.answering import (
@@ -42,7 +43,6 @@ from orrery.serving.live import Live
 from orrery.serving.metrics import CONTENT_TYPE, Metrics
 from orrery.serving.pressure import Full, Rate
 from orrery.serving.settings import Settings
-from orrery.serving.texts import clean, heading_text, one_line
 from orrery.serving.tokens import ANONYMOUS, Caller, Tokens
 from orrery.serving.web import Edge, EventStream, Gone, data_of, error, parsed, trace_of, unless_gone
 from orrery.store import Store

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from orrery.rag.answers.texts import clean
 from orrery.serving.contract import Answer, Feedback
-from orrery.serving.texts import clean
 from orrery.serving.tokens import Caller
 from orrery.store import Store
 

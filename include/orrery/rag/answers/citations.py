@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
-from orrery.serving.texts import clean
+from orrery.rag.answers.prompt import SILENCE, unfenced
+from orrery.rag.answers.texts import clean
 
 # [2], [1, 3], [2-4], [Passage 2], 【2】: as models write them.
 _CITATION = re.compile(
@@ -42,6 +44,18 @@ class Checked:
     cited: tuple[int, ...]
     invented: int
     covered: str
+
+    @property
+    def why(self) -> Literal["silent", "uncited"] | None:
+        """Why nothing of it may be shown: it says that the passages hold no answer, or cites none of them."""
+        if self.covered:
+            return None
+        return "silent" if not self.text or SILENCE.lower() in self.text.lower() else "uncited"
+
+
+def read(written: str, passages: int) -> Checked:
+    """Return what a model wrote, up to where it repeats its prompt, checked against the passages that it was shown."""
+    return check(unfenced(written), passages)
 
 
 def check(text: str, passages: int) -> Checked:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -22,8 +23,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from orrery.platform import LanguageModel
-from orrery.serving.answering import Model
-from orrery.serving.server import listen
+
+if TYPE_CHECKING:
+    from orrery.serving.answering import Model
 
 
 @dataclass
@@ -31,6 +33,8 @@ class OpenAI:
     """What it answers next, and what it was asked."""
 
     answer: str = "It closes above 60 km/h [1]."
+    # What it answers to a prompt, where that matters.
+    reply: Callable[[str], str] | None = None
     status: int = 200
     delay: float = 0.0
     between: float = 0.0
@@ -46,11 +50,16 @@ class OpenAI:
         """The last user message."""
         return str(self.asked[-1]["messages"][1]["content"])
 
+    def endpoint(self, timeout: float = 20, context: int = 4096) -> LanguageModel:
+        """Return it as platform.yaml names it."""
+        return LanguageModel(url=f"{self.url}/v1", model="tiny", timeout=timeout, context=context)
+
     def model(self, timeout: float = 20, context: int = 4096) -> Model:
         """Return a client of it, as the service makes one."""
         from orrery.llm.client import Model as Client
+        from orrery.serving.answering import Model
 
-        endpoint = LanguageModel(url=f"{self.url}/v1", model="tiny", timeout=timeout, context=context)
+        endpoint = self.endpoint(timeout, context)
         return Model(Client(endpoint), endpoint.model, endpoint.context, endpoint.timeout)
 
     async def chat(self, request: Request) -> Response:
@@ -67,7 +76,8 @@ class OpenAI:
             return JSONResponse({"error": {"message": "as the test wants"}}, self.status)
         if body.get("stream"):
             return StreamingResponse(self._pieces(), media_type="text/event-stream")
-        message = {"role": "assistant", "content": self.answer}
+        text = self.reply(str(body["messages"][1]["content"])) if self.reply else self.answer
+        message = {"role": "assistant", "content": text}
         choice = {"index": 0, "finish_reason": "stop", "message": message}
         return JSONResponse(
             {"id": "x", "object": "chat.completion", "created": 0, "model": "tiny", "choices": [choice]}
@@ -114,7 +124,7 @@ def openai_server() -> Iterator[OpenAI]:
         with contextlib.suppress(ConnectionResetError):
             await app(scope, receive, send)
 
-    listener = listen("127.0.0.1", 0)
+    listener = socket.create_server(("127.0.0.1", 0))
     told.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     config = uvicorn.Config(quiet, log_config=None, lifespan="off", timeout_graceful_shutdown=1, loop="asyncio")
     server = uvicorn.Server(config)

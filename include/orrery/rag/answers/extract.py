@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orrery.serving.texts import Span, Terms, one_line, sentences
+from orrery.rag.answers.texts import Span, Terms, clean, one_line, sentences
 
 PASSAGES, QUOTED = 3, 2
 SHORTEST, LONGEST = 20, 400
@@ -30,6 +30,11 @@ class _Sentence:
     span: Span
     text: str
     shared: frozenset[str]
+
+
+def answer(question: str, texts: Sequence[str], terms: Terms) -> Extract:
+    """Return the answer to a question by the sentences of passages as they were found, best first."""
+    return extract([clean(text) for text in texts], frozenset(terms(question)), terms)
 
 
 def extract(texts: Sequence[str], wanted: frozenset[str], terms: Terms) -> Extract:

@@ -5,8 +5,8 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orrery.serving.extract import extract
-from orrery.serving.texts import clean, heading_text, inert, marked, one_line, sentences, window, within
+from orrery.rag.answers.extract import extract
+from orrery.rag.answers.texts import clean, heading_text, inert, marked, one_line, sentences, window, within
 
 
 def lower(text: str) -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orrery.serving.citations import check
+from orrery.rag.answers.citations import check
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""How an answer is made of passages and checked: by the question service, and by `evaluate`, which measures it."""

@@ -1,0 +1,40 @@
+"""A knowledge base's run over time, in a real MLflow: one run, one step for each generation, whoever comes twice."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from orrery.rag.tracked import HISTORY_TAG, add_point
+from orrery.registry.client import Mlflow
+
+
+def history(server: Mlflow, run: str, metric: str) -> list[tuple[int, float]]:
+    found: list[dict[str, Any]] = server.call("GET", "metrics/get-history", run_id=run, metric_key=metric)["metrics"]
+    return [(int(p["step"]), float(p["value"])) for p in found]
+
+
+def test_each_generation_is_one_step_however_often_it_is_told(server: Mlflow) -> None:
+    first = {"key": "2026-01-05", "generation": "notes/index/a"}
+    second = {"key": "2026-01-06", "generation": "notes/index/b"}
+    run = add_point(server, "over", first, {"ndcg_at_10": 0.6, "p99_ms": 9.0})
+    assert add_point(server, "over", first, {"ndcg_at_10": 0.6, "p99_ms": 12.0}) == run
+    assert add_point(server, "over", second, {"ndcg_at_10": 0.7, "mrr": float("nan")}) == run
+    assert history(server, run, "ndcg_at_10") == [(0, 0.6), (1, 0.7)]
+    assert history(server, run, "p99_ms") == [(0, 9.0)]  # as it was measured first
+    assert [r.id for r in server.find_runs(server.experiment("over"), HISTORY_TAG, "over")] == [run]
+
+
+def test_projects_are_kept_apart(server: Mlflow) -> None:
+    point = {"key": "2026-01-05", "generation": "a"}
+    assert add_point(server, "one", point, {"mrr": 0.5}) != add_point(server, "other", point, {"mrr": 0.4})
+
+
+def test_evaluations_that_come_at_once_make_one_run_in_the_end(server: Mlflow) -> None:
+    server.experiment("raced")
+    points = [{"key": f"2026-01-{day:02d}", "generation": "a"} for day in range(1, 5)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda point: add_point(server, "raced", point, {"mrr": 0.5}), points))
+    last = add_point(server, "raced", {"key": "2026-02-01", "generation": "b"}, {"mrr": 0.6})
+    oldest, *_ = server.find_runs(server.experiment("raced"), HISTORY_TAG, "raced")
+    assert last == oldest.id and history(server, last, "mrr")[-1][1] == 0.6
