@@ -357,7 +357,8 @@ def main() -> int:
     console.print(
         f"\n[bold]done in {report['seconds']:.0f} s[/]; all of it is in {place.root}: report.json, steps.log, the store"
     )
-    console.print(f"to look at it: ORRERY_STORE=file://{place.root}/store orrery serve {PROJECT}")
+    orrery = Path(sys.executable).with_name("orrery")
+    console.print(f"to look at it: ORRERY_STORE=file://{place.root}/store {orrery} serve {PROJECT}", soft_wrap=True)
     return 0
 
 

@@ -19,7 +19,8 @@ def rollback_request(
     project = planner.project
     versions, now = planner.ledger.versions(project), planner.champion()
     if now is None:
-        raise UserError(f"{project} has no champion, so there is nothing to roll back")
+        what = "champion" if planner.kind == "model" else "live generation"
+        raise UserError(f"{project} has no {what}, so there is nothing to roll back")
     if to == now.version:
         raise RequestError(f"version {to} is the champion of {project} already", hint=f"orrery ledger {project}")
     target = to or _before(planner, now.version)
@@ -59,8 +60,10 @@ def _before(planner: BasePlanner, version: str) -> str:
     """Return the champion below the present one. Raises `UserError` when there is none."""
     stack = planner.ledger.champions(planner.project)
     if len(stack) < 2:
+        model = planner.kind == "model"
+        better = "train a better one" if model else "mend the sources, then reindex"
         raise UserError(
-            f"no version was champion before version {version}",
-            hint=f"train a better one, or name another one: orrery rollback {planner.project} --to VERSION",
+            f"no version was {'champion' if model else 'live'} before version {version}",
+            hint=f"{better}, or name another one: orrery rollback {planner.project} --to VERSION",
         )
     return stack[-2]

@@ -315,10 +315,10 @@ def cost(
 @app.command()
 def rollback(
     project: Project,
-    to: Annotated[str | None, typer.Option(help="The version; the champion before this one when not given.")] = None,
+    to: Annotated[str | None, typer.Option(help="The version; the one before this when not given.")] = None,
     reason: Annotated[str, typer.Option(help="Why; goes into the ledger.")] = "",
 ) -> None:
-    """Make an earlier version the champion again, once it has scored a probe batch."""
+    """Make an earlier version the champion again (or a generation live), once it has answered a probe."""
     from orrery.champions import rollback_request
     from orrery.local import LocalProcess
     from orrery.runner import run as carry
@@ -328,7 +328,8 @@ def rollback(
     request = rollback_request(planner, to, run=name, actor=actor(), reason=reason)
     show("rollback", request.key, carry(planner, request, LocalProcess()))
     before, after = request.options["previous"], request.options["version"]
-    out.print(f"champion of {project}: version {escape(f'{before} → {after}')}")
+    what = "champion" if planner.kind == "model" else "live generation"
+    out.print(f"{what} of {project}: version {escape(f'{before} → {after}')}")
 
 
 @app.command()

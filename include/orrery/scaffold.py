@@ -41,6 +41,8 @@ def create(project: str, kind: str, data: dict[str, str], task: str, owner: str)
     # It goes into YAML, Markdown and a docstring of the Dag's file.
     if not re.fullmatch(r"[\w .,@/&()+-]{1,100}", owner):
         raise RequestError(f"{owner[:100]!r} is not an owner", hint="letters, digits, spaces and .,@/&()+- only")
+    if kind != "model" and data:
+        raise RequestError("--data drafts the checks of a model", hint=f"a {kind} has documents: leave --data out")
     files = _model(project, data, task, owner) if kind == "model" else _knowledge_base(project, owner)
     there = [path for path in files if path.exists()]
     if there:
@@ -62,7 +64,7 @@ def _knowledge_base(project: str, owner: str) -> dict[Path, str]:
         folder / "spec.yaml": _fill(
             "knowledge_base.yaml", project=project, owner=json.dumps(owner, ensure_ascii=False)
         ),
-        folder / "README.md": _fill("README.md", project=project, owner=owner),
+        folder / "README.md": _fill("knowledge_README.md", project=project, owner=owner),
         folder / "documents" / "welcome.md": _fill("document.md", project=project),
         platform.home() / "dags" / f"{project}.py": _fill("knowledge_dag.py", project=project, owner=owner),
     }

@@ -441,6 +441,42 @@ def test_check_tells_each_project_that_is_wrong(orrery, house: House) -> None:  
     assert "1 of 2 projects: delays" in text
 
 
+def test_check_reads_a_knowledge_bases_questions_as_evaluate_does(orrery, house: House) -> None:  # type: ignore[no-untyped-def]
+    folder = house.folder.parent / "docs"
+    (folder / "x").mkdir(parents=True)
+    told = "version: 1\nkind: knowledge_base\nowner: me\nsources: {documents: {uri: x}}\nquestions: q.jsonl\n"
+    (folder / "spec.yaml").write_text(told)
+    good = (
+        '{"id": "q1", "question": "What\u2028now?", "answerable": true, "passages": [{"uri": "a.md", "quote": "this"}]}'
+    )
+    for content, said in (
+        (b"\xe4\xff\n", "is not UTF-8"),
+        (b"", "no answerable question"),
+        (good.replace("true", '"no"').encode(), "answerable"),
+        (good.replace('"question"', '"quesion"').encode(), "unknown field 'quesion'"),
+        (f"{good}\n{good}".encode(), "stands in line 1, too"),
+    ):
+        (folder / "q.jsonl").write_bytes(content)
+        code, text = orrery("check", "docs")
+        assert (code, said in " ".join(text.split())) == (64, True), text
+        assert "Traceback" not in text
+    (folder / "q.jsonl").write_text(good, encoding="utf-8")
+    code, text = orrery("check", "docs")
+    assert code == 0 and "1 answerable, 0 not; when to abstain is learned from 20 and 10" in " ".join(text.split()), (
+        text
+    )
+
+
+def test_check_says_that_a_folder_is_not_there(orrery, house: House) -> None:  # type: ignore[no-untyped-def]
+    folder = house.folder.parent / "docs"
+    folder.mkdir()
+    told = "version: 1\nkind: knowledge_base\nowner: me\nsources: {documents: {uri: /nowhere/at/all}}\n"
+    (folder / "spec.yaml").write_text(told)
+    assert "documents: there is no folder /nowhere/at/all on this machine" in " ".join(
+        orrery("check", "docs")[1].split()
+    )
+
+
 # -- orrery new --------------------------------------------------------------------------------------
 
 
@@ -470,7 +506,9 @@ def test_a_new_knowledge_base_is_sound(orrery, house: House, owner: str) -> None
     assert isinstance(loaded, KnowledgeBaseSpec)
     assert loaded.owner == owner
     assert 'lifecycle("docs", __doc__)' in (house.home / "dags" / "docs.py").read_text()
+    assert "questions.jsonl" in (house.folder.parent / "docs" / "README.md").read_text()
     assert orrery("check", "docs")[0] == 0
+    assert orrery("new", "more", "--kind", "knowledge_base", "--data", "x=y.csv")[0] == 64
 
 
 def test_names_of_columns_stay_text(house: House, monkeypatch: pytest.MonkeyPatch) -> None:

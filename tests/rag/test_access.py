@@ -21,7 +21,8 @@ from orrery.rag.engines.edge import EdgeEngine
 from orrery.rag.engines.server import ServerEngine
 from orrery.rag.generations import Generation
 from orrery.rag.records import Chunk
-from orrery.rag.retrieval import Found, Mode, allowed, read, reader, retrieve
+from orrery.rag.retrieval import Found, Mode, allowed, read, retrieve
+from orrery.rag.spec import reader
 
 GROUPS = ("everyone", "team", "board", "legal")
 SETS = [frozenset(some) for size in range(1, 5) for some in combinations(GROUPS, size)]

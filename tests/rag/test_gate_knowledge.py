@@ -207,11 +207,17 @@ def test_a_report_is_read_with_its_latency() -> None:
     }  # fmt: skip
     difference = {"delta": 0.0, "low": -0.1, "high": 0.1}
     told = {"proven": True, "metrics": {"mrr": 0.5}, "differences": {"mrr": difference}, "unusable": None}
-    report = {"reconciliation": reconciliation, "questions": 2, "metrics": {"mrr": 0.5}, "live": told, "lost": [{}]}
+    report = {
+        "reconciliation": reconciliation,
+        "questions": 2,
+        "metrics": {"mrr": 0.5},
+        "live": told,
+        "lost": [{"id": "q7", "why": "gone"}],
+    }
     found = read(report, {"p99_ms": 12.0, "ndcg_at_10": 0.1})
     assert found.metrics == {"mrr": 0.5, "p99_ms": 12.0}
     assert found.live == Live(True, {"mrr": 0.5}, {"mrr": (-0.1, 0.1)})
-    assert found.lost == 1
+    assert found.lost == ("q7",)
     with pytest.raises(KeyError):
         read({"questions": 2}, {})
 
@@ -221,3 +227,15 @@ def test_a_live_generation_that_cannot_be_asked_is_held_by_what_was_measured_of_
     decision = decide(Rules(), numbers(metrics={"ndcg_at_10": 0.5, "recall_at_10": 0.9, "mrr": 0.9}, live=measured))
     assert decision.verdict == "kept"
     assert any("cannot be asked now (its archive is gone)" in reason for reason in decision.reasons)
+
+
+def test_labels_that_quote_what_is_gone_are_named_right_behind_what_they_may_have_caused() -> None:
+    found = numbers(live=live(ndcg_at_10=0.99), lost=tuple(f"q{n}" for n in range(7)))
+    decision = decide(Rules(), found)
+    assert decision.verdict == "kept"
+    against = [c for c in decision.checks if not c.passed]
+    assert decision.reasons[len(against)] == (
+        "7 of 120 questions quote what no source says any more and count as missed: relabel q0, q1, q2, q3, q4 and 2 more"
+    )
+    good = decide(Rules(), numbers(lost=("q7",)))
+    assert good.verdict == "promote" and good.reasons[0].endswith("relabel q7")

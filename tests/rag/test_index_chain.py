@@ -16,7 +16,8 @@ from orrery.rag.engines import server
 from orrery.rag.generations import FACTS, open_generation
 from orrery.rag.reconcile import reconcile
 from orrery.rag.records import chunks, documents
-from orrery.rag.retrieval import reader, retrieve
+from orrery.rag.retrieval import retrieve
+from orrery.rag.spec import reader
 
 LEASE = "# Leases\n\nA lease numbers the attempts; the highest number may commit.\n"
 DOCUMENTS = {

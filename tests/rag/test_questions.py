@@ -68,7 +68,7 @@ def test_a_file_is_read_with_its_empty_lines(tmp_path: Path) -> None:
         (asked(passages=[]), "line 2: `passages` must say where"),
         (asked("q2", answerable="yes"), "line 2: answerable: 'yes'"),
         (asked("q2", passage=[]), "line 2: unknown field 'passage'\n  → did you mean 'passages'?"),
-        (asked("q2", passages=[{"uri": "a.md", "text": "b"}]), "line 2: 'passages.0.quote' is missing"),
+        (asked("q2", passages=[{"uri": "a.md", "text": "b"}]), "line 2: unknown field 'passages.0.text'"),
         (asked("q1"), "line 2: id 'q1' stands in line 1, too"),
         (asked("q 2"), "line 2: id: 'q 2'"),
         (asked("q2", groups=[]), "line 2: `groups` is empty"),
@@ -158,3 +158,11 @@ def test_a_passage_counts_only_for_who_may_read_it() -> None:
 
 def test_spaces_of_all_kinds_are_one() -> None:
     assert normal("A\u00a0b\t\n c\u00ad") == "a b c"
+
+
+def test_a_mistyped_field_is_told_before_the_one_that_is_missing_for_it(tmp_path: Path) -> None:
+    wrong = {**asked(), "quesion": "What?"}
+    del wrong["question"]
+    with pytest.raises(SpecError, match="unknown field 'quesion'") as raised:
+        questions.read(written(tmp_path, wrong))
+    assert "question" in str(raised.value.hint)

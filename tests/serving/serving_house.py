@@ -90,6 +90,7 @@ class Passage:
     source: str = "guides"
     groups: tuple[str, ...] = ("everyone",)
     score: float = 0.0
+    cosine: float = 0.0
 
     @property
     def id(self) -> str:

@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from serving_house import PASSAGES, PROJECT, QUICK, SPEC, House, Passage, events_of, serving, wait_for
 
 from orrery.errors import TryAgain
+from orrery.serving.answering import unrelated
 from orrery.serving.contract import Answer, Info
 from orrery.serving.tokens import add
 
@@ -70,6 +71,16 @@ def test_it_abstains_by_the_calibration_and_shows_the_nearest(house: House) -> N
     assert answer["sources"]
     assert "[1]" not in answer["answer"]
     assert house.ask("zzz")["sources"] == []
+
+
+def test_without_a_calibration_what_shares_no_word_with_any_passage_is_not_answered() -> None:
+    far, near = (replace(Passage("The dome is closed at dusk.", title="Dome"), cosine=c) for c in (0.1, 0.5))
+    words: Callable[[str], list[str]] = lambda text: text.lower().replace(".", "").split()  # noqa: E731
+    assert unrelated(frozenset({"mongolia", "capital"}), [far], words)
+    assert unrelated(frozenset({"mongolia"}), [], words)
+    assert not unrelated(frozenset({"mongolia", "dusk"}), [far], words)  # a word
+    assert not unrelated(frozenset({"mongolia", "dome"}), [far], words)  # in the title
+    assert not unrelated(frozenset({"sunset"}), [far, near], words)  # no word, but near in meaning
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,9 @@ def test_a_model_that_is_down_degrades_and_is_then_left_alone(house: House, serv
     assert all(a["sources"] and a["answer"].endswith("[1]") for a in answers)
     assert [a["degraded"].startswith(REASONS["down"]) for a in answers[:3]] == [True] * 3
     assert answers[-1]["degraded"].startswith(REASONS["resting"])
+    health = house.get("/health/ready")
+    assert health.status_code == 200 and health.json()["status"] == "degraded"
+    assert health.json()["problems"][0].startswith("the language model does not answer")
     assert len(server.asked) == 3
     assert house.metric("orrery_serve_model_left_alone") == 1
     # When it has recovered, one question finds out, and the rest follow.

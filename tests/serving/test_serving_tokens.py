@@ -44,6 +44,9 @@ def test_a_token_is_printed_once_and_only_its_digest_is_kept(tmp_path: Path) -> 
     bad = subprocess.run([*argv, "x", "--groups", "Ops!"], env=env, capture_output=True, text=True, check=False)
     assert bad.returncode == 64
     assert "Traceback" not in bad.stderr
+    for day, said in (("yesterday", "is no day"), ("2020-01-01", "is over")):
+        late = subprocess.run([*argv, "x", "--expires", day], env=env, capture_output=True, text=True, check=False)
+        assert (late.returncode, said in late.stderr) == (64, True)
     none = subprocess.run(
         [*argv, "x"], env={**env, "ORRERY_SERVE_TOKENS": ""}, capture_output=True, text=True, check=False
     )

@@ -22,11 +22,10 @@ import numpy.typing as npt
 
 from orrery.rag.abstention import SIGNALS, Array, Calibration, Lexicon
 from orrery.rag.embedding.sparse import index, terms
+from orrery.rag.questions import LEAST_ANSWERABLE, LEAST_UNANSWERABLE
 
 WRONG = 0.07
 FOLDS, REPEATS, STRENGTH = 10, 5, 0.1
-# With fewer, a fold holds none, and no rate means anything.
-LEAST_ANSWERABLE, LEAST_UNANSWERABLE = 20, 10
 WIDTH = 64
 Z95 = 1.959964
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from orrery import platform, uri, yamlfile
 from orrery.errors import SpecError, nearest
+from orrery.rag import questions
 from orrery.rag.planning import inside
 from orrery.rag.spec import DocumentSource, KnowledgeBaseSpec
 
@@ -25,7 +25,9 @@ def describe(folder: Path, spec: KnowledgeBaseSpec) -> list[str]:
             text = getattr(source, field)
             if text and inside(text) and not (folder / text).is_dir():
                 raise SpecError(f"{at}.{field}: there is no folder {text!r} in {folder}", hint="such as documents")
-            platform.substitute(text or "", values, f"{at}.{field}")
+            where_to = platform.substitute(text or "", values, f"{at}.{field}")
+            if where_to.startswith(("/", "file://")) and not Path(where_to.removeprefix("file://")).is_dir():
+                said.append(f"{name}: there is no folder {where_to} on this machine")
         said.append(f"{name}: {_origin(source)}, for {', '.join(source.groups)}")
         said += _plain_http(name, source)
     if spec.embedder.compute not in where.compute:
@@ -65,13 +67,12 @@ def _questions(folder: Path, spec: KnowledgeBaseSpec) -> str:
     file = folder / spec.questions
     if not file.is_file():
         raise SpecError(f"{folder / 'spec.yaml'}: questions: there is no file {file}")
-    answerable = unanswerable = 0
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            found = bool(json.loads(line)["answerable"]) if line.strip() else None
-        except (ValueError, KeyError, TypeError):
-            raise SpecError(
-                f"{file}:{number}: not a question", hint='{"id", "question", "answerable", "passages"}'
-            ) from None
-        answerable, unanswerable = answerable + (found is True), unanswerable + (found is False)
-    return f"questions: {answerable} answerable, {unanswerable} not"
+    asked = questions.read(file)
+    yes = sum(question.answerable for question in asked)
+    told = f"questions: {yes:,} answerable, {len(asked) - yes:,} not"
+    if yes < questions.LEAST_ANSWERABLE or len(asked) - yes < questions.LEAST_UNANSWERABLE:
+        told += (
+            f"; when to abstain is learned from {questions.LEAST_ANSWERABLE} and {questions.LEAST_UNANSWERABLE}: until "
+            "then only what no passage has a word of is not answered"
+        )
+    return told

@@ -33,6 +33,8 @@ WORDS = {"ndcg_at_10": "nDCG@10", "recall_at_10": "recall@10", "mrr": "MRR"}
 MEASURED = frozenset({"p99_ms"})
 # A difference and the two figures that it was made of are computed apart, in float64.
 CONTRADICTION = 1e-9
+LABELS = "labels"
+NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Numbers:
     questions: int = 0
     metrics: Mapping[str, float | None] = field(default_factory=dict)
     live: Live | None = None
-    lost: int = 0
+    lost: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,8 @@ class Decision:
 
     @property
     def reasons(self) -> list[str]:
-        """The sentences, what speaks against it first."""
-        return [c.reason for c in sorted(self.checks, key=lambda c: c.passed)]
+        """The sentences, what speaks against it first; right behind it, that labels are as old as what they quote."""
+        return [c.reason for c in sorted(self.checks, key=lambda c: (c.passed, c.name != LABELS))]
 
 
 def run(work: Work, params: KnowledgeGateParams) -> Result:
@@ -140,7 +142,7 @@ def read(report: Mapping[str, Any], measured: Mapping[str, float]) -> Numbers:
         questions=report["questions"],
         metrics={**report["metrics"], **{name: measured.get(name) for name in MEASURED}},
         live=None if live is None else _live(live),
-        lost=len(report.get("lost", ())),
+        lost=tuple(str(one["id"]) for one in report.get("lost", ())),
     )
 
 
@@ -164,8 +166,13 @@ def decide(rules: Rules, numbers: Numbers) -> Decision:
     for figure, bound in rules.bounds.items():
         checks += _bounds(figure, bound, numbers)
     if numbers.lost:
-        told = f"{numbers.lost} of {numbers.questions} questions have lost their passage and count as missed: relabel"
-        checks.append(Check("labels", float(numbers.lost), None, True, told))
+        count, named = len(numbers.lost), ", ".join(numbers.lost[:NAMED])
+        more = f" and {count - NAMED:,} more" if count > NAMED else ""
+        told = (
+            f"{count} of {numbers.questions} questions quote what no source says any more and count as missed: "
+            f"relabel {named}{more}"
+        )
+        checks.append(Check(LABELS, float(count), None, True, told))
     good = all(c.passed for c in checks)
     return Decision("promote" if good else "kept", good and numbers.questions > 0, tuple(checks))
 

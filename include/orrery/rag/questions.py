@@ -23,10 +23,11 @@ from pydantic import Field, StrictBool, StringConstraints, ValidationError, mode
 from orrery.errors import SpecError, nearest
 from orrery.fields import Frozen
 from orrery.rag.records import Chunk
-from orrery.rag.retrieval import reader
-from orrery.rag.spec import Group
+from orrery.rag.spec import Group, reader
 
 MAX_BYTES = 16 << 20
+# With fewer, nothing can be learned of when to abstain: a fold of the cross-fit would hold none.
+LEAST_ANSWERABLE, LEAST_UNANSWERABLE = 20, 10
 # Of these, chunkers, readers of Markdown and typists make one or the other; a quote is the same with either.
 SAME = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "-", "`": None, "*": None, "\u00ad": None})
 # A quote is cut where it is long; a few letters at a chunk's end are no part of it.
@@ -112,7 +113,9 @@ def _question(line: str, where: str) -> Question:
     try:
         return Question.model_validate(told)
     except ValidationError as e:
-        raise _told(e.errors()[0], where) from None
+        # A name that is mistyped is also one that is missing: the mistake is told.
+        errors = sorted(e.errors(), key=lambda one: one["type"] != "extra_forbidden")
+        raise _told(errors[0], where) from None
 
 
 _EXAMPLE = '{"id": "q1", "question": "…", "answerable": true, "passages": [{"uri": "guide.md", "quote": "…"}]}'

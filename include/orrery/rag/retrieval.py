@@ -6,7 +6,7 @@ prefetch and in every request to the engine: nothing is left out afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, get_args
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from orrery.rag.generations import Generation
 
 MODES: tuple[Mode, ...] = get_args(Mode)
-EVERYONE = "everyone"
 FILTERS = ("document", "source", "uri")
 MOST_VALUES = 100
 
@@ -53,11 +52,6 @@ class Reranker(Protocol):
 
     def scores(self, question: str, texts: Sequence[str]) -> Sequence[float]:
         """Return each text's probability of answering the question."""
-
-
-def reader(groups: Iterable[str]) -> frozenset[str]:
-    """Return the groups of somebody who is known: their own, and everyone."""
-    return frozenset(groups) | {EVERYONE}
 
 
 def allowed(groups: frozenset[str]) -> Condition:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
@@ -15,6 +16,11 @@ Group = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
 Pattern = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 WebAddress = Annotated[str, StringConstraints(pattern=r"^https?://[^\s<>\"'@]+$", max_length=2000)]
 EVERYONE = "everyone"
+
+
+def reader(groups: Iterable[str]) -> frozenset[str]:
+    """Return the groups of somebody who is known: their own, and everyone."""
+    return frozenset(groups) | {EVERYONE}
 
 
 class DocumentSource(Frozen):

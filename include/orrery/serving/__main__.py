@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import threading
-from datetime import date
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 from orrery.errors import DONE, OrreryError, RequestError
@@ -53,7 +53,14 @@ def _file() -> Path | None:
 
 
 def _day(text: str) -> date:
-    return date.fromisoformat(text)
+    """Return a day. Raises `RequestError` for what is none, or is over."""
+    try:
+        day = date.fromisoformat(text)
+    except ValueError:
+        raise RequestError(f"--expires {text[:40]!r} is no day", hint="such as 2027-06-30") from None
+    if day < datetime.now(UTC).date():
+        raise RequestError(f"--expires {text}: that day is over, so the token would never be good")
+    return day
 
 
 def _leave(code: int) -> None:

@@ -17,7 +17,7 @@ from orrery.errors import OrreryError, RequestError
 from orrery.rag.answers.citations import read
 from orrery.rag.answers.extract import Extract, answer
 from orrery.rag.answers.prompt import Message, messages
-from orrery.rag.answers.texts import Span, clean, heading_text, marked, one_line, sentences, window, within
+from orrery.rag.answers.texts import Span, Terms, clean, heading_text, marked, one_line, sentences, window, within
 from orrery.rag.spec import KnowledgeBaseSpec
 from orrery.serving.contract import Answer, Query, Source
 from orrery.serving.declared import Declared
@@ -32,6 +32,8 @@ Why = Literal["down", "slow", "busy", "resting", "refused", "uncited", "silent"]
 T = TypeVar("T")
 NOBODY, EXTRACTIVE = "none", "none (extractive)"
 ABSTAINED = "The documents do not seem to answer this. The passages nearest to the question are below."
+# Cosine below which a passage says nothing of a question, by embedders of sentences.
+UNRELATED = 0.3
 PASSAGES_ONLY = "The passages nearest to the question are below."
 INSTEAD = "the sentences nearest to the question are shown instead"
 REASONS: dict[Why, str] = {
@@ -249,8 +251,10 @@ class Answering:
         may = self.declared.sources(caller.groups)
         found = knowledge.find(question, caller.groups, may, max(top_k, usual), query.filters, trace.stages, asking)
         # Judged on as many as the questions were that it was fitted on, however few are wanted.
-        abstainer = asking.abstainer
-        abstains = not found or (abstainer is not None and abstainer.abstains(question, found[:usual]))
+        if asking.abstainer is not None:
+            abstains = not found or asking.abstainer.abstains(question, found[:usual])
+        else:
+            abstains = unrelated(frozenset(knowledge.terms(question)), found[:usual], knowledge.terms)
         found = found[:top_k]
         quoted, prompt, shown = None, list[Message](), 0
         if not abstains and self.model is None:
@@ -391,6 +395,16 @@ class Answering:
             model=model,
             degraded=reason,
         )
+
+
+def unrelated(wanted: frozenset[str], found: Sequence[Found], terms: Terms) -> bool:
+    """Tell whether passages have nothing to do with a question: none shares a word with it, nor is one near in meaning.
+
+    What can be known where no evaluation has fitted when to abstain.
+    """
+    if any(f.cosine >= UNRELATED for f in found):
+        return False
+    return not any(wanted & set(terms(f"{heading_text([f.title, *f.heading])}\n{f.text}")) for f in found)
 
 
 def _extract(knowledge: Knowledge, question: str, found: Sequence[Found], trace: Trace) -> Extract:

@@ -85,6 +85,8 @@ class Service:
         """What is wrong now."""
         self.access.look()
         broken = [self.tokens.problem if self.tokens else None, self.access.problem]
+        if self.answering.breaker.open:
+            broken.append("the language model does not answer: the passages' own sentences are given until it does")
         return [*self.live.problems, *(b for b in broken if b)]
 
     def health(self) -> Health:
