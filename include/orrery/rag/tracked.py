@@ -89,13 +89,12 @@ def add_point(server: Mlflow, project: str, point: Mapping[str, str], metrics: M
 
 def _history(server: Mlflow, experiment: str, project: str, now: int) -> Run:
     """Return the oldest run over time of a project, made when there is none."""
-    runs = server.find_runs(experiment, HISTORY_TAG, project)
-    if runs:
-        return runs[0]
+    if (found := server.find_run(experiment, HISTORY_TAG, project)) is not None:
+        return found
     tags = {HISTORY_TAG: project, "orrery.project": project, NOTE_TAG: NOTE}
     made = server.create_run(experiment, f"{project} over time"[:250], tags, now)
     # Two evaluations may have come at once.
-    oldest = next(iter(server.find_runs(experiment, HISTORY_TAG, project)), made)
+    oldest = server.find_run(experiment, HISTORY_TAG, project) or made
     if oldest.id != made.id:
         server.call("POST", "runs/delete", run_id=made.id)
     return oldest

@@ -185,19 +185,6 @@ class Mlflow:
         )
         return next((_run(r) for r in answer.get("runs", ())), None)
 
-    def find_runs(self, experiment: str, tag: str, value: str) -> list[Run]:
-        """Return the runs with a tag, oldest first; of more than a thousand, some."""
-        answer = self.call(
-            "POST",
-            "runs/search",
-            experiment_ids=[experiment],
-            filter=f"tags.`{tag}` = '{value}'",
-            order_by=["attributes.start_time ASC"],
-            max_results=1000,
-        )
-        # Those of one millisecond in the same order for everybody.
-        return sorted((_run(r) for r in answer.get("runs", ())), key=lambda run: (run.started, run.id))
-
     def create_run(self, experiment: str, name: str, tags: Mapping[str, str], started: int) -> Run:
         """Create a run; `started` is in milliseconds since 1970."""
         answer = self.call(
