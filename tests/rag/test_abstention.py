@@ -29,7 +29,7 @@ from orrery.rag.abstention import (
 from orrery.rag.calibrate import cross_fit, fit, wilson
 from orrery.rag.embedding.session import Embedder
 from orrery.rag.retrieval import Found
-from orrery.rag.support import citation_precision, split, support
+from orrery.rag.support import split, support
 
 TEXTS = ("A lease numbers the attempts.", "The gate compares a candidate.", "Attempts are numbered by a lease, too.")
 
@@ -203,7 +203,7 @@ def test_each_sentence_is_judged_by_what_it_cites() -> None:
     assert found.sentences[1].missing == ("5",)
     assert found.supported == 0.5
     assert found.precision == pytest.approx(2 / 3)
-    assert citation_precision("Nothing cited here.", PASSAGES) is None
+    assert support("Nothing cited here.", PASSAGES).precision is None
     assert support("", PASSAGES).supported is None
 
 

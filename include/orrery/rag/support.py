@@ -100,11 +100,6 @@ def _parts(text: str) -> list[str]:
     return _ENDS.sub(r"\1\n", text).split("\n")
 
 
-def citation_precision(answer: str, passages: Sequence[str], embed: Embed | None = None) -> float | None:
-    """Return the share of an answer's citations that support their sentence; None without citations."""
-    return support(answer, passages, embed).precision
-
-
 def _judge(
     number: int,
     text: str,

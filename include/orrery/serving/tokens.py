@@ -26,7 +26,7 @@ from pydantic import Field, StringConstraints, field_validator
 from orrery import log, yamlfile
 from orrery.errors import SpecError, UserError
 from orrery.fields import Frozen
-from orrery.rag.spec import EVERYONE, Group
+from orrery.rag.spec import Group, reader
 
 VARIABLE = "ORRERY_SERVE_TOKENS"
 LOOK_EVERY_S = 1.0
@@ -67,7 +67,7 @@ class Caller:
     groups: frozenset[str]
 
 
-ANONYMOUS = Caller("anonymous", frozenset({EVERYONE}))
+ANONYMOUS = Caller("anonymous", reader(()))
 
 
 class Tokens:
@@ -94,7 +94,7 @@ class Tokens:
                 found = token
         if found is None or (found.expires is not None and datetime.now(UTC).date() > found.expires):
             return None
-        return Caller(found.name, frozenset(found.groups) | {EVERYONE})
+        return Caller(found.name, reader(found.groups))
 
     def _look(self) -> tuple[int, ...] | None:
         try:
