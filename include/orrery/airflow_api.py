@@ -11,10 +11,11 @@ Times out with `TryAgain`; a run that failed is no error here, ask its `ok`.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -32,6 +33,11 @@ NOT_SHOWN = frozenset(
     | {"ti_id", "ti", "dag_id", "run_id", "task_id", "map_index", "try_number"}
 )
 FAILED_TASK = frozenset({"failed", "upstream_failed"})
+PAUSES = (0.5, 1.0, 2.0)  # seconds before what a busy database refused is asked again
+
+
+class _ServerError(TryAgain):
+    """Airflow answered 5xx."""
 
 
 @dataclass(frozen=True)
@@ -135,11 +141,24 @@ class AirflowApi:
         partition_key: str | None = None,
         run_id: str | None = None,
     ) -> Run:
-        """Start a run. A partition key is refused by a Dag whose timetable knows no partitions."""
-        body: dict[str, Any] = {"logical_date": None, "conf": dict(conf or {})}
-        given = {"partition_key": partition_key, "dag_run_id": run_id}
-        body |= {name: value for name, value in given.items() if value is not None}
-        return _run(self._call("POST", f"dags/{_part(dag_id)}/dagRuns", json=body))
+        """Start a run, once. A partition key is refused by a Dag whose timetable knows no partitions.
+
+        The run's id is chosen here, in Airflow's own form, so that what a busy database refused can be asked again:
+        had the run been made all the same, it is found by its id and none is made twice.
+        """
+        run_id = run_id or f"manual__{datetime.now(UTC).isoformat()}_{secrets.token_hex(4)}"
+        body = {"dag_run_id": run_id, "logical_date": None, "conf": dict(conf or {})}
+        if partition_key is not None:
+            body["partition_key"] = partition_key
+        path = f"dags/{_part(dag_id)}/dagRuns"
+        for pause in PAUSES:
+            try:
+                return _run(self._call("POST", path, json=body))
+            except _ServerError:
+                time.sleep(pause)
+                if (made := self._found(dag_id, run_id)) is not None:
+                    return made
+        return _run(self._call("POST", path, json=body))
 
     def backfill(self, dag_id: str, first: datetime, last: datetime, conf: Mapping[str, Any] | None = None) -> None:
         """Have a scheduled Dag's runs from `first` to `last` (both included) made, those that there are left out."""
@@ -153,6 +172,12 @@ class AirflowApi:
     def run(self, dag_id: str, run_id: str) -> Run:
         """Return one run as it is now."""
         return _run(self._call("GET", _path(dag_id, run_id)))
+
+    def _found(self, dag_id: str, run_id: str) -> Run | None:
+        try:
+            return self.run(dag_id, run_id)
+        except RequestError:
+            return None
 
     def runs(self, dag_id: str = "~", *, partition_key: str | None = None) -> list[Run]:
         """Return the runs of a Dag (`~`: of all Dags), the newest first."""
@@ -262,11 +287,12 @@ class AirflowApi:
             raise UserError(what)
         if response.is_client_error:
             raise RequestError(what)
-        raise TryAgain(what, hint="see var/log/airflow.log")
+        raise _ServerError(what, hint="see var/log/airflow.log")
 
     def _send(self, method: str, path: str, query: Mapping[str, str] | None, json: Any) -> httpx.Response:
-        # A busy SQLite may answer 500 once; only a question may be asked again.
-        for pause in (0.5, 1.0, 2.0) if method == "GET" else ():
+        # A busy SQLite may answer 500 once. A question may be asked again, and so may a PATCH: all of ours say what
+        # shall be, not what to add.
+        for pause in PAUSES if method in ("GET", "PATCH") else ():
             response = self._once(method, path, query, json)
             if not response.is_server_error:
                 return response
