@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -41,3 +45,8 @@ class Span:
     def place(self, local: int) -> Place:
         """Return the place of one of this node's processes."""
         return Place(self.first + local, self.world, self.first, self.here)
+
+
+def backends(device: torch.device) -> str:
+    """Return what the processes of a training on such devices talk over, as torch.distributed names it."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

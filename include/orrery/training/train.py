@@ -112,7 +112,7 @@ def _with_torch(work: Work, params: TrainParams, chosen: BaseModel, found: Prepa
     numbers, report = with_workers(work, params, chosen, found, tracked, files=files)
     history, best = report["history"], report["best_epoch"]
     metrics = {**history[best - 1], "epochs": float(len(history))}
-    facts = {k: report[k] for k in ("weights_digest", "best_epoch", "head", "steps")}
+    facts = {k: report[k] for k in ("weights_digest", "best_epoch", "head", "steps", "device")}
     return Trained({**numbers, **chosen.model_dump(mode="json")}, history, metrics, facts)
 
 

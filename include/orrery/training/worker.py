@@ -32,7 +32,7 @@ from orrery.training.checkpoints import Checkpoints
 from orrery.training.control import STARTS, Control, Signals, Stop
 from orrery.training.interval import Observed, Schedule
 from orrery.training.network import Head, Inputs, Network
-from orrery.training.place import Place, Span
+from orrery.training.place import Place, Span, backends
 from orrery.training.prepare import Prepared
 from orrery.training.progress import Reporter
 from orrery.training.saving import ShardedSaver
@@ -138,7 +138,7 @@ def _place(job: Job) -> Place:
 
 def _meet(job: Job, place: Place, device: torch.device) -> None:
     """Form the process group of all ranks."""
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend = backends(device)
     if job.span is None:
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
         return
@@ -176,7 +176,13 @@ def _device(place: Place) -> torch.device:
                 "one whose torch has CUDA (make images FLAGS=--gpu, tagged …-gpu), and a node with the vendor's driver",
             )
         return torch.device("cpu")
-    device = torch.device("cuda", place.local % torch.cuda.device_count())
+    if place.beside > (gpus := torch.cuda.device_count()):
+        raise UserError(
+            f"{place.beside} processes on a machine on which torch sees {gpus} GPU{'s' if gpus > 1 else ''}: "
+            "each process needs one of its own",
+            hint=f"train.processes: {gpus} in spec.yaml, or a compute class with {place.beside} GPUs",
+        )
+    device = torch.device("cuda", place.local)
     torch.cuda.set_device(device)
     return device
 
@@ -197,6 +203,9 @@ def deterministic(device: torch.device) -> None:
 
 def _train(job: Job, place: Place, device: torch.device, signals: Signals) -> dict[str, Any]:
     data, settings = job.data, job.settings
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    if place.rank == 0:
+        log.get().info("the training begins", device=name, processes=place.world, strategy=settings.strategy)
     network = _build(job)
     head = data.head("fit", TRIED_ROWS)
     refuse_shape(network, data.schema.task, len(data.schema.classes), head)
@@ -237,6 +246,7 @@ def _train(job: Job, place: Place, device: torch.device, signals: Signals) -> di
         "stopped": fitted.stopped,
         "resumed": trainer.resumed,
         "steps": trainer.state.done,
+        "device": name,
     }
     return report if fitted.stopped else {**report, **_written(job, weights)}
 

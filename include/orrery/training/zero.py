@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from orrery.errors import OrreryError
+from orrery.training.place import backends
 from orrery.training.staging import Fragment
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
@@ -32,10 +33,11 @@ class ZeroStrategy:
         clip: float | None = None,
     ) -> None:  # fmt: skip
         self.stage = stage
-        deepspeed = imported(next(module.parameters()).is_cuda)
+        device = next(module.parameters()).device
+        deepspeed = imported(device.type == "cuda")
         self._owns_group = not dist.is_initialized()
         if self._owns_group:  # ZeRO wants a group also where it is one process
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backends(device), store=dist.HashStore(), rank=0, world_size=1)
         os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))  # torchrun sets it; DeepSpeed asks for it
         trainable = [p for p in module.parameters() if p.requires_grad]
         adamw = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=weight_decay)
