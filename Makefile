@@ -13,7 +13,7 @@ test -x $(VENVS)/airflow/bin/orrery || { \
   fi; echo "nothing runs: the environments have not been made"; exit 0; }
 endef
 
-.PHONY: help demo demo-rag replay replay-down test test-faults up down status check lock bench bench-gpu images environments test-environments clean
+.PHONY: help demo demo-rag replay replay-down test test-faults test-gpu up down status check lock bench bench-gpu images environments test-environments clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ test: test-environments ## Lint, types, architecture, and all tests
 
 test-faults: test-environments ## Only the fault tests, with long counts
 	@ORRERY_FAULT_KILLS=$${ORRERY_FAULT_KILLS:-60} $(VENVS)/dev/bin/python tests/run.py --only faults
+
+test-gpu: test-environments ## On a machine with a GPU: every strategy on it, interrupted
+	@ORRERY_TEST_GPU=1 $(VENVS)/ml/bin/pytest tests/training/test_cuda.py
 
 check: environments ## Check every project: spec, features.py, model.py
 	@$(VENVS)/airflow/bin/orrery check

@@ -7,7 +7,7 @@ position is one number, the batch's, and a training may go on with other process
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,10 @@ class Batch(NamedTuple):
     def rows(self) -> int:
         """Number of rows."""
         return len(self.label)
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the rows on a device; from pinned memory without waiting for it."""
+        return Batch(*(t.to(device, non_blocking=True) for t in self))
 
 
 class Part(Protocol):
@@ -81,14 +85,14 @@ class InMemory:
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """See `Part.batches`."""
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.rows)
+        order = self._index(np.random.default_rng((self.seed, epoch)).permutation(self.rows))
         for step in range(start, self.steps):
             rows = order[step * self.batch : (step + 1) * self.batch]
             yield self._take(rows[self.place.rank :: self.place.world])
 
     def chunks(self) -> Iterator[Batch]:
         """See `Part.chunks`."""
-        mine = np.arange(self.place.rank, self.rows, self.place.world)
+        mine = self._index(np.arange(self.place.rank, self.rows, self.place.world))
         longest = -(-self.rows // self.place.world)
         for start in range(0, longest, CHUNK):
             yield self._take(mine[start : start + CHUNK])
@@ -96,8 +100,12 @@ class InMemory:
     def whole(self) -> Iterator[Batch]:
         """See `Part.whole`."""
         for start in range(0, self.rows, CHUNK):
-            yield self._take(np.arange(start, min(start + CHUNK, self.rows)))
+            yield self._take(self._index(np.arange(start, min(start + CHUNK, self.rows))))
 
-    def _take(self, rows: npt.NDArray[np.int64]) -> Batch:
+    def _index(self, rows: npt.NDArray[np.int64]) -> Any:
+        """Return row numbers in the form in which `_take` is given slices of them."""
+        return rows
+
+    def _take(self, rows: Any) -> Batch:
         arrays = (self.data.numeric[rows], self.data.categorical[rows], self.data.label[rows])
         return Batch(*(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays))

@@ -47,6 +47,10 @@ class Loaded:
 class Saver(Protocol):
     """Saves and loads a training's state. All methods but `committed`, `cost` are called on all ranks alike."""
 
+    def expect(self, tensors: dict[str, Any]) -> None:
+        """Learn what will be saved. What is on a GPU needs pinned memory to be copied to, which takes long to get."""
+        ...
+
     def begin(self, step: int, tensors: dict[str, Any], shared: dict[str, Any], own: dict[str, Any]) -> None:
         """Begin to save: waits for a save under way, copies, returns. Then the tensors may change again.
 
@@ -107,6 +111,12 @@ class ShardedSaver(Background):
         self._entries: dict[str, Any] = {}  # of the best weights in its index (rank 0)
         self._files: list[File] = []  # which hold them (rank 0)
 
+    def expect(self, tensors: dict[str, Any]) -> None:
+        """See `Saver.expect`. The memory is got in the thread, and the first save waits for it."""
+        mine = self._mine(staging.tensors_and_values(tensors)[0], best=True)
+        if any(staging.local(t).is_cuda for t in mine.values()):
+            self.start(lambda: self._staging.reserve(mine.items()))
+
     def begin(self, step: int, tensors: dict[str, Any], shared: dict[str, Any], own: dict[str, Any]) -> None:
         """See `Saver.begin`. `tensors["best"]` is written when its tensors are others, or were changed, since."""
         began = time.monotonic()
@@ -119,18 +129,23 @@ class ShardedSaver(Background):
     def _snapshot(self, step: int, tree: dict[str, Any], shared: Any, own: Any) -> Snapshot:
         tensors, values = staging.tensors_and_values(tree)
         best = {path: t for path, t in tensors.items() if path[0] == BEST}
-        state = {path: t for path, t in tensors.items() if path[0] != BEST}
         versions = _versions({staging.name(path): t for path, t in best.items()})
         writes = bool(best) and not _same(self._best, versions)
-        rank, world = self.place.rank, self.place.world
-        mine = staging.share(state, rank, world) + (staging.share(best, rank, world) if writes else [])
-        live = {staging.name(path): tensors[path] for path in mine}
+        live = self._mine(tensors, best=writes)
         self._staging.forget({staging.name(path) for path in tensors})
         return Snapshot(
             step, shared, own, json.loads(json.dumps(list(values.items()))),
             {staging.name(path): path for path in tensors}, live, self._staging.copy(live.items()),
             staging.signature(tensors, values), versions, writes,
         )  # fmt: skip
+
+    def _mine(self, tensors: dict[staging.Path, Stored], *, best: bool) -> dict[str, Stored]:
+        """Return, by name, what this process writes: of the best weights too with `best`."""
+        parts = [
+            {path: t for path, t in tensors.items() if (path[0] == BEST) is of} for of in (False, True)[: 1 + best]
+        ]
+        mine = [path for part in parts for path in staging.share(part, self.place.rank, self.place.world)]
+        return {staging.name(path): tensors[path] for path in mine}
 
     def _save(self, snapshot: Snapshot) -> None:
         """Write, agree, commit (in the thread)."""

@@ -169,16 +169,24 @@ class Staging:
         on_device = False
         for key, tensor in tensors:
             source = local(tensor)
-            buffer = self._buffers.get(key)
-            if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:
-                buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
-            buffer.copy_(source, non_blocking=True)
+            copies[key] = self._buffer(key, source)
+            copies[key].copy_(source, non_blocking=True)
             on_device |= source.is_cuda
-            copies[key] = buffer
         if on_device:
             torch.cuda.current_stream().synchronize()
-        self._buffers |= copies
         return copies
+
+    def reserve(self, tensors: Iterable[tuple[str, Stored]]) -> None:
+        """Make the buffers for tensors that will be copied. Their memory is pinned for a GPU: some 0.1 s per 100 MB."""
+        for key, tensor in tensors:
+            self._buffer(key, local(tensor))
+
+    def _buffer(self, key: str, source: Tensor) -> Tensor:
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:
+            buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+            self._buffers[key] = buffer
+        return buffer
 
     def forget(self, keep: set[str]) -> None:
         """Free the buffers of all other tensors."""

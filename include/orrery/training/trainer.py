@@ -138,6 +138,7 @@ class Trainer:
     def fit(self, fit: Part, tune: Part) -> Fitted:
         """Train until the epochs are over or patience is out, from the newest checkpoint when there is one.
 
+        The parts yield their rows on this trainer's device (see `feed.on_device`).
         Raises `Stop` when the processes were told to; then the state is saved, as far as there was time.
         """
         self.total = self.settings.epochs * fit.steps
@@ -182,7 +183,7 @@ class Trainer:
         rows, size = batch.rows, self.settings.microbatch or batch.rows
         self._learning_rate()
         for start in range(0, rows, size):
-            few = Batch(*(t[start : start + size].to(self.device, non_blocking=True) for t in batch))
+            few = Batch(*(t[start : start + size] for t in batch)) if size < rows else batch
             last = start + size >= rows
             self.strategy.prepare(last=last)
             loss = self._losses(self._forward(few), few.label).sum() / rows
@@ -256,8 +257,7 @@ class Trainer:
         self.strategy.replica.eval()
         self.control.anew()
         with torch.no_grad():
-            for chunk in part.chunks():
-                few = Batch(*(t.to(self.device) for t in chunk))
+            for few in part.chunks():
                 total += self._losses(self._forward(few), few.label).sum(dtype=torch.float64)
                 self.control.tick(False)
         self.control.anew()  # steps take longer than chunks: by the chunks' pace a SIGTERM would not be heard for long
@@ -315,6 +315,7 @@ class Trainer:
         self._kept = self.strategy.copy()
         tensors = self._tensors()
         found = self.saver.load(tensors)
+        self.saver.expect(tensors)
         if found is None:
             self.strategy.forget()
             return

@@ -30,6 +30,7 @@ from orrery.store import Store
 from orrery.training import Dataset, calibration, export, strategies, tensors, user_model
 from orrery.training.checkpoints import Checkpoints
 from orrery.training.control import STARTS, Control, Signals, Stop
+from orrery.training.feed import on_device
 from orrery.training.interval import Observed, Schedule
 from orrery.training.network import Head, Inputs, Network
 from orrery.training.place import Place, Span, backends
@@ -167,24 +168,27 @@ def _seen_from_afar(error: Exception) -> OrreryError:
 
 
 def _device(place: Place) -> torch.device:
-    """Return what this process computes on. Raises `UserError` where a GPU is paid for and torch sees none."""
-    if not torch.cuda.is_available():
-        if int(os.environ.get("ORRERY_GPUS") or 0) > 0:
+    """Return what this process computes on. Raises `UserError` where GPUs are paid for and torch sees too few."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if place.beside <= gpus:
+        device = torch.device("cuda", place.local)
+        torch.cuda.set_device(device)
+        return device
+    if int(os.environ.get("ORRERY_GPUS") or 0) > 0:
+        if gpus == 0:
             raise UserError(
                 "the compute class has a GPU, and torch sees none: the training would run on the CPU at a GPU's price",
                 hint=f"torch {torch.__version__} was built for {_built_for()}; `image` of the class in platform.yaml: "
                 "one whose torch has CUDA (make images FLAGS=--gpu, tagged …-gpu), and a node with the vendor's driver",
             )
-        return torch.device("cpu")
-    if place.beside > (gpus := torch.cuda.device_count()):
         raise UserError(
             f"{place.beside} processes on a machine on which torch sees {gpus} GPU{'s' if gpus > 1 else ''}: "
             "each process needs one of its own",
             hint=f"train.processes: {gpus} in spec.yaml, or a compute class with {place.beside} GPUs",
         )
-    device = torch.device("cuda", place.local)
-    torch.cuda.set_device(device)
-    return device
+    if gpus and place.local == 0:
+        log.get().warning(f"{place.beside} processes and {gpus} GPU: trains on the CPU; train.processes {gpus} uses it")
+    return torch.device("cpu")
 
 
 def _built_for() -> str:
@@ -213,7 +217,9 @@ def _train(job: Job, place: Place, device: torch.device, signals: Signals) -> di
     torch.manual_seed(job.seed + place.rank)  # equal weights on all ranks, but each its own dropout
     strategy = strategies.make(network.module, settings, place, device)
     live = Live(job.tracked if place.rank == 0 else None)
-    parts = [data.part(name, job.seed, settings.batch_size, place, job.lanes) for name in ("fit", "tune")]
+    parts = [
+        on_device(data.part(name, job.seed, settings.batch_size, place, job.lanes), device) for name in ("fit", "tune")
+    ]
     with contextlib.ExitStack() as stack:
         control = Control(place, signals, job.beat(place.rank))
         store = Store(job.store)
