@@ -46,9 +46,14 @@ class Pods:
 
     def gone(self) -> dict[str, Any]:
         """Return the last that was seen of it, once it is gone."""
-        until(lambda: self.cluster.pod("a") is None, "its end")
-        assert self.seen[-1]["type"] == "DELETED"
-        return self.seen[-1]
+
+        def deleted() -> dict[str, Any] | None:
+            last = [p for p in self.seen if p["metadata"]["name"] == "a"][-1]
+            return last if last["type"] == "DELETED" else None
+
+        found: dict[str, Any] = until(deleted, "its end")
+        assert self.cluster.pod("a") is None
+        return found
 
 
 @pytest.fixture
@@ -223,8 +228,7 @@ def test_a_more_important_pod_takes_the_place(pods: Pods) -> None:
     pods.start(resources=gpus)
     pods.core.create_namespaced_pod("orrery", pod("b", resources=gpus, priorityClassName="high"))
     assert ended(pods.cluster, "b")["status"]["phase"] == "Succeeded"
-    first = [p for p in pods.seen if p["metadata"]["name"] == "a"][-1]
-    assert disrupted(first) == "PreemptionByScheduler" and first["type"] == "DELETED"
+    assert disrupted(pods.gone()) == "PreemptionByScheduler"
 
 
 def test_nothing_of_a_container_outlives_it(pods: Pods, tmp_path: Path) -> None:
