@@ -204,10 +204,10 @@ class SmallAirflow:
                 ti.try_number += 1
                 ti.state, ti.scheduled_dttm = TaskInstanceState.SCHEDULED, timezone.utcnow()
             session.commit()
-            # Read anew each time: a run's conf is written into the params of the Dag object itself.
-            dag = DagBag(self.bag.dags[run.dag_id].fileloc).dags[run.dag_id]
-            for ti in ready:
-                _run_task(ti=ti, task=dag.task_dict[ti.task_id])
+            if ready:  # read anew each time: a run's conf is written into the params of the Dag object itself
+                dag = DagBag(self.bag.dags[run.dag_id].fileloc).dags[run.dag_id]
+                for ti in ready:
+                    _run_task(ti=ti, task=dag.task_dict[ti.task_id])
             session.commit()
             session.expire_all()
             if first and ready:
