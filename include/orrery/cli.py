@@ -20,11 +20,14 @@ def main() -> None:
 
         follow_parent()
         raise SystemExit(step(sys.argv[2:], started))
-    from orrery.commands import app
-    from orrery.errors import OrreryError
+    from orrery.errors import STOPPED, OrreryError
 
     try:
+        from orrery.commands import app
+
         app()
+    except KeyboardInterrupt:
+        raise SystemExit(STOPPED) from None
     except OrreryError as e:
         raise SystemExit(_tell(e)) from None
     except OSError as e:

@@ -16,7 +16,7 @@ from rich.markup import escape
 from orrery import platform
 from orrery.catalogue import NAMES
 from orrery.contract import Result
-from orrery.errors import RequestError, UserError, nearest
+from orrery.errors import STOPPED, RequestError, UserError, nearest
 from orrery.ledger import Ledger, moment, unfinished
 from orrery.llm.cli import app as llm_app
 from orrery.partitions import key_of, parse
@@ -83,14 +83,33 @@ def run(
     ] = False,
 ) -> None:
     """Run one step here and now, without Airflow, its inputs taken from the store."""
-    from orrery import faults, twin
-
     planner = planner_of(project)
-    if not isinstance(planner, Planner):
+    try:
+        if isinstance(planner, Planner):
+            _run_model(planner, step, partition, window, share(sample), reason, force, version)
+            return
         if window or version:
             raise RequestError("--window and --version are for models", hint="a knowledge base has days: --partition")
         _run_knowledge(planner, step, partition, share(sample), reason, force, partial)
-        return
+    except KeyboardInterrupt:
+        out.print("[yellow]stopped[/]: what was finished is kept; the same command goes on from there")
+        raise typer.Exit(STOPPED) from None
+
+
+def _run_model(
+    planner: Planner,
+    step: str,
+    partition: str | None,
+    window: str | None,
+    sample: float,
+    reason: str,
+    force: bool,
+    version: str | None,
+) -> None:
+    """Run one step of a model: for each partition, or for a window."""
+    from orrery import faults, twin
+
+    project = planner.project
     if step not in planner.verbs:
         raise RequestError(f"unknown step {step!r}", hint=nearest(step, planner.verbs))
     if step == "trial":
@@ -112,7 +131,7 @@ def run(
             partitions=group,
             run=name,
             task=step,
-            sample=share(sample),
+            sample=sample,
             actor=actor(),
             reason=reason,
             force=force,

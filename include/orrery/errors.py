@@ -19,6 +19,7 @@ import difflib
 from collections.abc import Iterable
 
 DONE, BUG, USER, TRY_AGAIN, INTERRUPTED = 0, 1, 64, 75, 143
+STOPPED = 130  # a command that was stopped from the keyboard, as shells say it
 
 
 class OrreryError(Exception):

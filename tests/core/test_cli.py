@@ -477,6 +477,24 @@ def test_check_says_that_a_folder_is_not_there(orrery, house: House) -> None:  #
     )
 
 
+@pytest.mark.parametrize("field", ["embedder.model", "retrieval.reranker"])
+def test_check_says_that_a_models_folder_is_not_there(orrery, house: House, field: str) -> None:  # type: ignore[no-untyped-def]
+    folder = house.folder.parent / "docs"
+    (folder / "documents").mkdir(parents=True)
+    (folder / "mine").mkdir()
+    told = "version: 1\nkind: knowledge_base\nowner: me\nsources: {{documents: {{uri: documents}}}}\n{}: {{{}: {}}}\n"
+    outcomes = {}
+    for value in ("mine", "minne", "/nowhere/at/all", "file:///nowhere/at/all", "s3://bucket/model"):
+        (folder / "spec.yaml").write_text(told.format(*field.split("."), value))
+        code, text = orrery("check", "docs")
+        outcomes[value] = code, " ".join(text.split())
+    assert [code for code, _ in outcomes.values()] == [0, 64, 0, 0, 0]
+    assert f"{field}: there is no folder 'minne' in" in outcomes["minne"][1]
+    assert [f"{field}: there is no folder /nowhere/at/all on this machine" in t for _, t in outcomes.values()] == [
+        False, False, True, True, False,
+    ]  # fmt: skip
+
+
 # -- orrery new --------------------------------------------------------------------------------------
 
 

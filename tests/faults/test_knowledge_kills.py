@@ -133,3 +133,20 @@ def test_a_damaged_store_is_found_and_nothing_goes_live_unproven(tmp_path: Path)
     notes.run("reindex", "--force")
     assert json.loads(notes.store.read(f"{PROJECT}/live.json"))["version"] >= live["version"]
     proven(notes)
+
+
+def test_stopped_from_the_keyboard_it_says_so_and_goes_on(tmp_path: Path) -> None:
+    notes = Notes(tmp_path)
+    process = notes.start("reindex")
+    below: list[int] = []
+    while not below:  # its first step
+        assert process.poll() is None
+        below = descendants(process.pid)
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to all of them
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "the same command goes on from there" in said and "Traceback" not in said
+    assert gone(below)
+    notes.run("reindex")
+    proven(notes)

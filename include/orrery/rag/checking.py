@@ -9,7 +9,7 @@ from orrery import platform, uri, yamlfile
 from orrery.errors import SpecError, nearest
 from orrery.rag import questions
 from orrery.rag.planning import inside
-from orrery.rag.spec import DocumentSource, KnowledgeBaseSpec
+from orrery.rag.spec import PACKAGED, DocumentSource, KnowledgeBaseSpec
 
 
 def describe(folder: Path, spec: KnowledgeBaseSpec) -> list[str]:
@@ -35,6 +35,10 @@ def describe(folder: Path, spec: KnowledgeBaseSpec) -> list[str]:
         raise SpecError(
             f"{at}: {spec.embedder.compute!r} is not in platform.yaml; " + nearest(spec.embedder.compute, where.compute)
         )
+    models = {("embedder", "model"): spec.embedder.model, ("retrieval", "reranker"): spec.retrieval.reranker}
+    for key, model in models.items():
+        if model and model != PACKAGED:
+            said += _model(folder, f"{file}:{lines.get(key, 1)}", ".".join(key), model)
     for field in ("llm", "judge"):
         name = getattr(spec, field)
         if name is not None and name not in where.llms:
@@ -43,6 +47,20 @@ def describe(folder: Path, spec: KnowledgeBaseSpec) -> list[str]:
     said.append(_questions(folder, spec))
     said.append(f"answers: {f'by {spec.llm}' if spec.llm else 'the best passages, no language model'}")
     return said
+
+
+def _model(folder: Path, at: str, field: str, model: str) -> list[str]:
+    """Return a remark about a model's folder that is another machine's. Raises `SpecError` for one of the project's."""
+    if "://" in model and not model.startswith("file://"):
+        return []  # a bucket's: read when it is used
+    path = Path(model.removeprefix("file://")).expanduser()
+    if (folder / path).is_dir():
+        return []
+    if not path.is_absolute():
+        raise SpecError(
+            f"{at}: {field}: there is no folder {model!r} in {folder}", hint="an absolute path, or a bucket's URI"
+        )
+    return [f"{field}: there is no folder {path} on this machine"]
 
 
 def _plain_http(name: str, source: DocumentSource) -> list[str]:

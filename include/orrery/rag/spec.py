@@ -16,6 +16,7 @@ Group = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
 Pattern = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 WebAddress = Annotated[str, StringConstraints(pattern=r"^https?://[^\s<>\"'@]+$", max_length=2000)]
 EVERYONE = "everyone"
+PACKAGED = "minilm"  # the embedder that comes as a package
 
 
 def reader(groups: Iterable[str]) -> frozenset[str]:
@@ -81,7 +82,7 @@ class Embedding(Frozen):
     """Which model makes the vectors."""
 
     model: str = Field(
-        "minilm",
+        PACKAGED,
         description="`minilm` (all-MiniLM-L6-v2, from its package), or the URI of a folder in Hugging Face's layout "
         "(config.json, tokenizer.json, model.safetensors).",
     )

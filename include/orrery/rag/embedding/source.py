@@ -19,11 +19,10 @@ import fsspec
 from orrery.errors import SpecError, UserError
 from orrery.fingerprint import digest
 from orrery.rag.embedding.session import FACTS, MODEL, TOKENIZER, Facts
-from orrery.rag.spec import Embedding
+from orrery.rag.spec import PACKAGED, Embedding
 from orrery.store import storage_options, trouble
 from orrery.uri import masked
 
-PACKAGED = "minilm"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 # What shapes a graph beside the weights; several are left out by most models.
 SHAPING = ("config.json", "tokenizer.json", "modules.json", "1_Pooling/config.json", "sentence_bert_config.json")
