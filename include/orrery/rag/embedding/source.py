@@ -29,7 +29,7 @@ SHAPING = ("config.json", "tokenizer.json", "modules.json", "1_Pooling/config.js
 # What transformers loads; anything else in a folder (code, pickles) is not even fetched.
 LOADED = (WEIGHTS, CONFIG, TOKENIZER, "tokenizer_config.json")
 # Counts up when the graph that is made of the same weights changes.
-RECIPE = 1
+RECIPE = 2
 POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 
 
