@@ -5,6 +5,9 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pytest
+
+from orrery.rag import tracked
 from orrery.rag.tracked import HISTORY_TAG, add_point
 from orrery.registry.client import Mlflow
 
@@ -50,3 +53,17 @@ def test_evaluations_that_come_at_once_make_one_run_in_the_end(server: Mlflow) -
     last = add_point(server, "raced", {"key": "2026-02-01", "generation": "b"}, {"mrr": 0.6})
     oldest, *_ = runs(server, "raced")
     assert last == oldest and history(server, last, "mrr")[-1][1] == 0.6
+
+
+def test_a_run_that_is_taken_away_meanwhile_is_looked_for_again(
+    server: Mlflow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = server.experiment("away")
+    second = server.create_run(experiment, "away over time", {tracked.HISTORY_TAG: "away"}, 2_000)
+    found = [second, second]
+    real = tracked._history
+    monkeypatch.setattr(tracked, "_history", lambda *told: found.pop() if found else real(*told))
+    server.call("POST", "runs/delete", run_id=second.id)
+    run = add_point(server, "away", {"key": "2026-01-05", "generation": "a"}, {"mrr": 0.5})
+    assert run != second.id and runs(server, "away") == [run]
+    assert [value for _, value in history(server, run, "mrr")] == [0.5]

@@ -16,10 +16,11 @@ from typing import Any
 
 from orrery.errors import TryAgain, UserError
 from orrery.registry import client
-from orrery.registry.client import Mlflow, Run
+from orrery.registry.client import Mlflow, Refused, Run
 from orrery.registry.tracking import ANSWER_S, attempt_run
 from orrery.step import Work
 
+TRIES = 4  # to find the run over time, where several evaluations make it at once
 HISTORY_TAG, POINT_TAG = "orrery.history", "orrery.evaluated."
 # MLflow's own tag: what its page shows above a run.
 NOTE_TAG = "mlflow.note.content"
@@ -76,14 +77,21 @@ def add_point(server: Mlflow, project: str, point: Mapping[str, str], metrics: M
     """Add figures as the next step of a project's run over time, once for each point; return the run's id."""
     now = int(time.time() * 1000)
     tag = POINT_TAG + hashlib.sha256(json.dumps(point, sort_keys=True).encode()).hexdigest()[:16]
-    run = _history(server, server.experiment(project), project, now)
-    there = server.run_data(run.id)
-    if tag not in {t["key"] for t in there.get("tags", ())}:
-        step = 1 + max((int(m["step"]) for m in there.get("metrics", ())), default=-1)
-        # Tag and figures in one request. Cut off between the two, the next try adds the figures twice; none is lost.
-        told = [{"key": tag, "value": json.dumps({**point, "step": step}, sort_keys=True)}]
-        server.call("POST", "runs/log-batch", run_id=run.id, metrics=_points(metrics, step, now), tags=told)
-    server.call("POST", "runs/update", run_id=run.id, status="FINISHED", end_time=now)
+    for again in reversed(range(TRIES)):
+        run = _history(server, server.experiment(project), project, now)
+        try:
+            there = server.run_data(run.id)
+            if tag not in {t["key"] for t in there.get("tags", ())}:
+                step = 1 + max((int(m["step"]) for m in there.get("metrics", ())), default=-1)
+                # Tag and figures in one request. Cut off between the two, the next try adds the figures twice; none is
+                # lost.
+                told = [{"key": tag, "value": json.dumps({**point, "step": step}, sort_keys=True)}]
+                server.call("POST", "runs/log-batch", run_id=run.id, metrics=_points(metrics, step, now), tags=told)
+            server.call("POST", "runs/update", run_id=run.id, status="FINISHED", end_time=now)
+            break
+        except Refused:  # who made it has found an older one meanwhile, and taken its own away
+            if not again:
+                raise
     return run.id
 
 
@@ -93,9 +101,9 @@ def _history(server: Mlflow, experiment: str, project: str, now: int) -> Run:
         return found
     tags = {HISTORY_TAG: project, "orrery.project": project, NOTE_TAG: NOTE}
     made = server.create_run(experiment, f"{project} over time"[:250], tags, now)
-    # Two evaluations may have come at once.
+    # Two evaluations may have come at once, and a third may have found this one.
     oldest = server.find_run(experiment, HISTORY_TAG, project) or made
-    if oldest.id != made.id:
+    if oldest.id != made.id and not server.run_data(made.id).get("metrics"):
         server.call("POST", "runs/delete", run_id=made.id)
     return oldest
 
