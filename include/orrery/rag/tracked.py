@@ -15,12 +15,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from orrery.errors import TryAgain, UserError
+from orrery.lease import Lease
 from orrery.registry import client
-from orrery.registry.client import Mlflow, Refused, Run
+from orrery.registry.client import Mlflow, Run
 from orrery.registry.tracking import ANSWER_S, attempt_run
 from orrery.step import Work
+from orrery.store import Store
 
-TRIES = 4  # to find the run over time, where several evaluations make it at once
 HISTORY_TAG, POINT_TAG = "orrery.history", "orrery.evaluated."
 # MLflow's own tag: what its page shows above a run.
 NOTE_TAG = "mlflow.note.content"
@@ -67,45 +68,40 @@ def over_time(work: Work, metrics: Mapping[str, float]) -> str | None:
         if server is None:
             return None
         point = {"key": work.config.key, "generation": generation.path}
-        return add_point(server, work.config.project, point, {k: metrics[k] for k in FIGURES if k in metrics})
+        figures = {k: metrics[k] for k in FIGURES if k in metrics}
+        return add_point(server, work.store, work.config.folder, work.config.project, point, figures)
     except (TryAgain, UserError) as e:
         work.log.warning(f"the evaluation is not in MLflow's run over time: {e.message}")
         return None
 
 
-def add_point(server: Mlflow, project: str, point: Mapping[str, str], metrics: Mapping[str, float]) -> str:
-    """Add figures as the next step of a project's run over time, once for each point; return the run's id."""
+def add_point(
+    server: Mlflow, store: Store, attempt: str, project: str, point: Mapping[str, str], metrics: Mapping[str, float]
+) -> str:
+    """Add figures as the next step of a project's run over time, once for each point; return the run's id.
+
+    One evaluation at a time, by a lease: MLflow would take two runs of one name, and two steps of one number.
+    """
     now = int(time.time() * 1000)
     tag = POINT_TAG + hashlib.sha256(json.dumps(point, sort_keys=True).encode()).hexdigest()[:16]
-    for again in reversed(range(TRIES)):
+    with Lease(store, f"{project}/evaluate/at-over-time/lease", attempt, attempt):
         run = _history(server, server.experiment(project), project, now)
-        try:
-            there = server.run_data(run.id)
-            if tag not in {t["key"] for t in there.get("tags", ())}:
-                step = 1 + max((int(m["step"]) for m in there.get("metrics", ())), default=-1)
-                # Tag and figures in one request. Cut off between the two, the next try adds the figures twice; none is
-                # lost.
-                told = [{"key": tag, "value": json.dumps({**point, "step": step}, sort_keys=True)}]
-                server.call("POST", "runs/log-batch", run_id=run.id, metrics=_points(metrics, step, now), tags=told)
-            server.call("POST", "runs/update", run_id=run.id, status="FINISHED", end_time=now)
-            break
-        except Refused:  # who made it has found an older one meanwhile, and taken its own away
-            if not again:
-                raise
+        there = server.run_data(run.id)
+        if tag not in {t["key"] for t in there.get("tags", ())}:
+            step = 1 + max((int(m["step"]) for m in there.get("metrics", ())), default=-1)
+            # Tag and figures in one request. Cut off between them, the next try adds the figures twice: none is lost.
+            told = [{"key": tag, "value": json.dumps({**point, "step": step}, sort_keys=True)}]
+            server.call("POST", "runs/log-batch", run_id=run.id, metrics=_points(metrics, step, now), tags=told)
+        server.call("POST", "runs/update", run_id=run.id, status="FINISHED", end_time=now)
     return run.id
 
 
 def _history(server: Mlflow, experiment: str, project: str, now: int) -> Run:
-    """Return the oldest run over time of a project, made when there is none."""
+    """Return a project's run over time, made when there is none."""
     if (found := server.find_run(experiment, HISTORY_TAG, project)) is not None:
         return found
     tags = {HISTORY_TAG: project, "orrery.project": project, NOTE_TAG: NOTE}
-    made = server.create_run(experiment, f"{project} over time"[:250], tags, now)
-    # Two evaluations may have come at once, and a third may have found this one.
-    oldest = server.find_run(experiment, HISTORY_TAG, project) or made
-    if oldest.id != made.id and not server.run_data(made.id).get("metrics"):
-        server.call("POST", "runs/delete", run_id=made.id)
-    return oldest
+    return server.create_run(experiment, f"{project} over time"[:250], tags, now)
 
 
 def _points(metrics: Mapping[str, float], step: int, at: int) -> list[dict[str, Any]]:
