@@ -222,7 +222,9 @@ def test_a_worker_that_is_killed_costs_what_came_after_the_last_checkpoint(runni
     again = training.started(3)
     _, second = training.attempts()
     assert second["cause"] == "lost" and second["resumed"] == resumed
-    assert resumed < second["committed"] == again <= second["progress"]["step"]
+    # Killed between a save and the word of it, one more save is there than it has told.
+    assert resumed < second["committed"] <= again <= second["committed"] + 10
+    assert second["committed"] <= second["progress"]["step"]
     found = running.call("eve", "GET", f"dags/shot.train/dagRuns/{training.run}/taskInstances/train/links").json()
     assert found["extra_links"]["Attempts"].endswith("/plugin/orrery-verdict")  # while it runs
     training.finish()

@@ -185,7 +185,8 @@ def test_a_drain_and_a_power_cut_cost_no_byte_of_the_result(trainings: Trainings
         assert (told["attempt"]["cause"], told["attempt"]["pod"]["by"]) == ("interrupted", by)
     done = task.finish()
     first, second, last = (e["attempt"] for e in task.entries())
-    assert 0 < first["committed"] == second["resumed"] < second["committed"] == last["resumed"]
+    # A save may become whole after the last sign of life of a machine that loses its power.
+    assert 0 < first["committed"] == second["resumed"] < second["committed"] <= last["resumed"]
     whole = trainings.task("whole").finish()
     assert done["digest"] == whole["digest"] is not None
     assert done["metrics"] == whole["metrics"]

@@ -20,7 +20,7 @@ from rag_points import DIMENSIONS, URL, Lasting, TermEmbedder, chunk, points
 
 from orrery.errors import OrreryError, TryAgain, UserError
 from orrery.rag.embedding.sparse import encode_query
-from orrery.rag.engines import Condition, Engine, Point, Search, edge, server
+from orrery.rag.engines import Condition, Engine, Point, Search, edge, fused, server, tied
 from orrery.rag.engines.edge import EdgeEngine
 from orrery.rag.engines.server import ServerEngine, connect, point_alias, remove
 from orrery.rag.records import Chunk
@@ -120,6 +120,35 @@ def test_fusion_is_by_reciprocal_rank(engine: Engine) -> None:
         ranks = [rank for rank in (hit.rank_dense, hit.rank_sparse) if rank is not None]
         assert hit.score == pytest.approx(sum(1 / (59 + rank) for rank in ranks), abs=1e-6)
     assert [h.score for h in hits] == sorted((h.score for h in hits), reverse=True)
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "dense", "sparse"])
+def test_equal_scores_do_not_depend_on_the_order_of_writing(tmp_path: Path, mode: str) -> None:
+    """Of 60 documents of three texts, each in one score: ranks of equals are by id, before they are fused."""
+    made = [replace(point, dense=like.dense, sparse=like.sparse) for point, like in zip(
+        points(corpus())[:60], points(corpus())[:3] * 20, strict=True
+    )]  # fmt: skip
+    told = []
+    for name, order in (("one", made), ("other", made[::-1])):
+        engine = EdgeEngine.create(tmp_path / name, DIMENSIONS, 60)
+        engine.upsert(order)
+        engine.seal()
+        asked = [search(question, mode=mode, candidates=100, limit=60) for question in QUESTIONS]
+        told.append([[(h.id, h.score, h.rank_dense, h.rank_sparse) for h in engine.search(a)] for a in asked])
+        engine.close()
+    assert told[0] == told[1]
+    assert max(len(found) for found in told[0]) > 10
+
+
+def test_fused_here_is_fused_by_qdrant(engine: Engine) -> None:
+    for question in QUESTIONS:
+        ranked = engine.rank(search(question, candidates=30))
+        lists = [ranked.dense, ranked.sparse]
+        assert not any(map(tied, lists))
+        if ranked.sparse:
+            found = dict(fused(lists))
+            assert found.keys() == dict(ranked.found).keys()
+            assert [found[id_] for id_, _ in ranked.found] == pytest.approx([s for _, s in ranked.found], abs=1e-6)
 
 
 def test_the_same_search_gives_the_same_answer(engine: Engine) -> None:

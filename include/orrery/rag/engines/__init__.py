@@ -144,11 +144,14 @@ class Engine(ABC):
         if not search.kinds:
             return []
         ranked = self.rank(search)
-        best = ranked.found if search.mmr is not None else sorted(ranked.found, key=lambda one: (-one[1], one[0]))
+        lists = [ordered(ranked.dense), ordered(ranked.sparse)]
+        best = ranked.found
+        if search.mmr is None:
+            best = ordered(fused(lists) if len(search.kinds) > 1 and any(map(tied, lists)) else best)
         best = best[: search.limit]
         rows = self.fetch([id_ for id_, _ in best], search.where)
-        sparse = {id_: (rank, score) for rank, (id_, score) in enumerate(ranked.sparse, 1)}
-        dense = {id_: rank for rank, (id_, _) in enumerate(ranked.dense, 1)}
+        dense = {id_: rank for rank, (id_, _) in enumerate(lists[0], 1)}
+        sparse = {id_: (rank, score) for rank, (id_, score) in enumerate(lists[1], 1)}
         hits = [Hit(id_, score, *rows[id_]) for id_, score in best if id_ in rows]
         return [_told(hit, search, dense.get(hit.id), *sparse.get(hit.id, (None, 0.0))) for hit in hits]
 
@@ -158,6 +161,25 @@ def _told(hit: Hit, search: Search, rank_dense: int | None, rank_sparse: int | N
     assert hit.dense is not None
     cosine = float(np.dot(hit.dense, search.dense))
     return replace(hit, cosine=cosine, bm25=bm25, rank_dense=rank_dense, rank_sparse=rank_sparse)
+
+
+def ordered(scored: Scored) -> Scored:
+    """Return points best first; equal scores in the order of their ids."""
+    return sorted(scored, key=lambda one: (-one[1], one[0]))
+
+
+def tied(scored: Scored) -> bool:
+    """Tell whether two points have one score: Qdrant ranks them now this way, now that, and fuses these ranks."""
+    return len({score for _, score in scored}) < len(scored)
+
+
+def fused(lists: Iterable[Scored]) -> Scored:
+    """Return what Qdrant makes of lists by RRF, by the ranks as they are given here."""
+    found: dict[str, float] = {}
+    for scored in lists:
+        for rank, (id_, _) in enumerate(scored):
+            found[id_] = found.get(id_, 0.0) + 1 / (RRF_K + rank)
+    return list(found.items())
 
 
 def batches(points: Iterable[Point], size: int = BATCH) -> Iterator[list[Point]]:
