@@ -16,6 +16,18 @@ import pytest
 
 VENVS = Path(os.environ.get("ORRERY_VENVS", Path(__file__).resolve().parent.parent / ".venvs"))
 START_S = 60
+# moto looks whether a key is there and then puts it: of two puts at the same moment both would be the first.
+MOTO = """
+import sys, threading
+from moto.s3.responses import S3Response
+from moto.server import main
+put, one = S3Response.put_object, threading.Lock()
+def in_turn(self):
+    with one:
+        return put(self)
+S3Response.put_object = in_turn
+main(sys.argv[1:])
+"""
 
 
 def _free_port() -> int:
@@ -43,9 +55,8 @@ def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     assert binary.exists(), f"{binary} is missing: make the dev environment"
     port = _free_port()
     log = (tmp_path_factory.mktemp("moto") / "log").open("wb")
-    process = subprocess.Popen(
-        [str(binary), "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log, start_new_session=True
-    )
+    argv = [str(binary.with_name("python")), "-c", MOTO, "-H", "127.0.0.1", "-p", str(port)]
+    process = subprocess.Popen(argv, stdout=log, stderr=log, start_new_session=True)
     try:
         _wait(port, process)
         yield f"http://127.0.0.1:{port}"

@@ -144,7 +144,7 @@ def test_the_asynchronous_client_watches_with_bookmarks_until_the_time_is_over(c
                     core.list_namespaced_pod,
                     "orrery",
                     resource_version="0",
-                    timeout_seconds=1,
+                    timeout_seconds=4,
                     allow_watch_bookmarks=True,
                 )
                 async for event in stream:

@@ -125,7 +125,7 @@ def test_the_power_is_cut_and_the_node_removed(pods: Pods) -> None:
 
 def test_the_power_is_cut_and_the_node_stays(pods: Pods) -> None:
     silent = [
-        {"key": "node.kubernetes.io/unreachable", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 1}
+        {"key": "node.kubernetes.io/unreachable", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 3}
     ]
     pods.start(tolerations=silent, terminationGracePeriodSeconds=1)
     pods.cluster.nodes.power_off(deleted=False)
@@ -156,7 +156,7 @@ def test_memory_and_pressure(pods: Pods) -> None:
 
 
 def test_a_deadline_ends_it(pods: Pods) -> None:
-    pods.start(activeDeadlineSeconds=1)
+    pods.start(activeDeadlineSeconds=5)
     last = ended(pods.cluster, "a")
     assert (last["status"]["reason"], state(last)["terminated"]["exitCode"]) == ("DeadlineExceeded", 143)
 

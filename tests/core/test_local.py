@@ -145,7 +145,7 @@ def saved(house: House) -> int:
     return int(house.store.read(f"delays/probe/{address}/checkpoints/step"))
 
 
-VALUE = 1.5  # seconds that the step saves for, in each of the next tests
+VALUE = 4.0  # seconds that the step saves for, in each of the next tests
 
 
 def test_a_step_that_saves_outlives_the_worker_that_told_it_to_stop(

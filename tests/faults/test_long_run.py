@@ -30,6 +30,7 @@ def test_killed_all_the_time_it_loses_nothing_and_says_what_it_cost(tmp_path: Pa
     assert told["kept"] == told["steps"]  # each step of the model is counted once, whatever was repeated
     # By the steps' medians of these very attempts: another run's differs as much as the machine's load does. The account
     # takes an attempt's useful time from what is left of it beside saves and evaluations, so short ones count less.
-    assert told["reported"] == pytest.approx(told["counted"], rel=0.15), told
+    # A save that became whole after an attempt's last document is counted, but no time is known for it: a second of few.
+    assert told["reported"] == pytest.approx(told["counted"], rel=0.15 if LONG else 0.3), told
     if LONG:  # and by the uninterrupted run's, on a machine that does nothing else for so long
         assert told["reported"] == pytest.approx(told["expected"], rel=0.02), told

@@ -62,11 +62,11 @@ def test_what_lands_while_airflow_is_down_is_found_and_nothing_else_again(house:
 
 
 def test_a_wait_is_in_nobody_s_way_and_a_paused_one_goes_on(house: Watched) -> None:
-    house.airflow("dags", "pause", "--yes", f"{PROJECT}.watch")
+    house.api.pause(f"{PROJECT}.watch")
     house.land("2014-02")
     by_hand = house.api.trigger(INGEST, {"partition": "2013-01", "reason": "by hand"})
-    assert house.api.wait(by_hand, timeout=60, every=0.5).ok
+    assert house.api.wait(by_hand, timeout=240, every=0.5).ok
     assert house.told()[14:] == ["2013-01"]
-    house.airflow("dags", "unpause", "--yes", f"{PROJECT}.watch")
-    house.until(lambda: ended(house, 16), "the month that landed meanwhile", 60)
+    house.api.pause(f"{PROJECT}.watch", paused=False)
+    house.until(lambda: ended(house, 16), "the month that landed meanwhile", 240)
     assert house.told()[14:] == ["2013-01", "2014-02"]

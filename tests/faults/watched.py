@@ -134,7 +134,7 @@ class Watched:
         self.kill(*self.parts)
         self.api.close()
 
-    def until(self, true: Callable[[], bool], what: str, timeout: float = 120) -> None:
+    def until(self, true: Callable[[], bool], what: str, timeout: float = 300) -> None:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             for name, process in self.parts.items():
