@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -119,15 +121,19 @@ class Live:
     def call(self, user: str, method: str, path: str, **kwargs: Any) -> httpx.Response:
         if user not in self._tokens:
             login = {"username": user, "password": user}
-            self._tokens[user] = httpx.post(f"{self.url}/auth/token", json=login, trust_env=False).json()[
-                "access_token"
-            ]
+            told = httpx.post(f"{self.url}/auth/token", json=login, timeout=60, trust_env=False)
+            self._tokens[user] = told.json()["access_token"]
         headers = {"authorization": f"Bearer {self._tokens[user]}"}
-        for _ in range(3 if method == "GET" else 0):
+        for pause in (0.5, 1.0, 2.0):
             try:
-                return self._once(method, path, headers, kwargs)
+                answer = self._once(method, path, headers, kwargs)
             except httpx.TimeoutException:  # a busy machine; only a question may be asked again
+                if method != "GET":
+                    raise
                 continue
+            if not answer.is_server_error:
+                return answer
+            time.sleep(pause)  # a busy SQLite answers 500, and nothing was done
         return self._once(method, path, headers, kwargs)
 
     def _once(self, method: str, path: str, headers: dict[str, str], kwargs: dict[str, Any]) -> httpx.Response:
@@ -135,9 +141,11 @@ class Live:
         return httpx.request(method, url, headers=headers, timeout=60, trust_env=False, **kwargs)
 
     def trigger(self, dag: str, **conf: Any) -> str:
-        answer = self.call("eve", "POST", f"dags/{dag}/dagRuns", json={"logical_date": None, "conf": conf})
-        assert answer.is_success, answer.text
-        return str(answer.json()["dag_run_id"])
+        run = f"manual__{datetime.now(UTC).isoformat()}_{secrets.token_hex(4)}"
+        body = {"dag_run_id": run, "logical_date": None, "conf": conf}
+        answer = self.call("eve", "POST", f"dags/{dag}/dagRuns", json=body)
+        assert answer.is_success or answer.status_code == 409, answer.text  # 409: made by the try that was answered 500
+        return run
 
     def states(self, dag: str, run: str) -> dict[str, str | None]:
         items = self.call("eve", "GET", f"dags/{dag}/dagRuns/{run}/taskInstances").json()["task_instances"]

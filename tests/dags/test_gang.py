@@ -17,7 +17,7 @@ import pytest
 from cluster.api import Cluster
 from cluster.objects import JOBS, PODS, SERVICES
 from core_house import House, build, environment
-from test_pods import Task, Waiting, trigger_of
+from test_pods import Task, Waiting, trigger_of, wait
 
 from orrery import checking
 from orrery.cluster import gang, judge
@@ -149,7 +149,7 @@ label: {column: late}
 sources:
   flights: {uri: "${data}/flights/{partition}.parquet", partition: month}
 gate: {auc: {min: 0.7}}
-train: {window: 1, compute: pair, processes: 2, strategy: ddp, patience: 99, checkpoint: {every: 20, within: 5s}}
+train: {window: 1, compute: pair, processes: 2, strategy: ddp, patience: 99, checkpoint: {every: 20, within: 20s}}
 """
 PLATFORM = """\
 version: 1
@@ -329,7 +329,7 @@ def test_a_pod_that_is_taken_away_is_one_interruption_and_the_next_attempt_goes_
 
         slow.unlink()
         deferral = task.attempt()
-        summary = task.go_on(deferral, Waiting(deferral).end())
+        summary = task.go_on(deferral, wait(deferral, 240))
         assert "attempt 3: interrupted 2 of 20 times, goes on from step" in caplog.text
         assert [e["status"] for e in task.entries()] == ["interrupted", "interrupted", "done"]
         (manifest,) = house.manifests("train")

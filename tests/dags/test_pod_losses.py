@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,7 @@ class Loss(Task):
             (folder,) = {str(p["metadata"]["annotations"]["orrery/folder"]) for p in self.cluster.pods()}
             core_verbs.wait_for(Path(self.house.store.full(f"{folder}/progress.json")))
             while json.loads(self.house.store.read(f"{folder}/progress.json"))["committed"] == 0:
-                pass
+                time.sleep(0.01)
 
     def judged(self, error: OrreryError) -> str:
         """Return what Airflow is told to do about a failure: RETRY or FAIL."""
@@ -165,7 +166,7 @@ def test_a_lost_pod_is_told_for_what_it_is_and_the_next_attempt_makes_the_one_re
     way: Way, verb: str, house: House, cluster: Cluster, quick: None
 ) -> None:
     if way.name == "deadline":
-        rewrite(house, "timeout: 10m", "timeout: 2s")
+        rewrite(house, "timeout: 10m", "timeout: 6s")
     task = Loss(house, cluster, verb)
     if way.before:
         way.lose(task)
@@ -217,7 +218,7 @@ def mend(task: Loss, way: Way) -> None:
     if way.name == "no room":
         nodes.uncordon()
     if way.name == "deadline":
-        rewrite(task.house, "timeout: 2s", "timeout: 10m")
+        rewrite(task.house, "timeout: 6s", "timeout: 10m")
     if way.name.startswith("image"):
         rewrite(task.house, "orrery/none:1", "orrery/airflow:1")
     if way.name == "secret missing":

@@ -367,7 +367,8 @@ def test_a_person_who_ends_the_wait_ends_the_pod_and_the_next_attempt_waits_for_
     first = task.unit()
     waiting.kill()
     asyncio.run(trigger_of(deferral).on_kill())
-    assert task.cluster.pod(first)["metadata"]["deletionTimestamp"]
+    told = task.cluster.pod(first)
+    assert told is None or told["metadata"].get("deletionTimestamp")  # a slow look finds it gone already
     second = task.attempt()  # comes back when the first has saved and is gone
     assert task.cluster.pod(first) is None
     (entry,) = task.entries()
@@ -512,12 +513,12 @@ def test_each_partition_of_a_task_is_a_pod_of_its_own(
     assert cluster.pods() == []
 
 
-def test_an_outage_of_the_api_judges_nobody(task: Task, impatient: None) -> None:
+def test_an_outage_of_the_api_judges_nobody(task: Task) -> None:
     deferral = task.attempt()
     waiting = Waiting(deferral)
     started(task.house)
     waiting.kill()
-    time.sleep(max(trigger_of(deferral).wait_until - time.time(), 0))  # the time for a machine is over: it has one
+    trigger_of(deferral).wait_until = time.time()  # the time for a machine is over: it has one
     task.cluster.outage(2.0)
     waiting = Waiting(deferral)
     go(task.house)

@@ -177,7 +177,7 @@ def airflow(home: Path, cluster: Cluster, house: House) -> Iterator[Running]:
         "ORRERY_HOME": str(home),
         "ORRERY_PROFILE": "kubernetes",
         "AIRFLOW_CONN_CLUSTER": cluster.connection(),
-        "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "15",
+        "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "60",
         "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "2",
         "AIRFLOW__TRIGGERER__JOB_HEARTBEAT_SEC": "2",
         "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "10",

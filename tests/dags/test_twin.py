@@ -6,6 +6,7 @@ What Airflow is told, what the ledger keeps, which budget it costs and where the
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -100,7 +101,7 @@ class Pair(Task):
         if self.verb == "train":
             (folder,) = {str(p["metadata"]["annotations"]["orrery/folder"]) for p in self.cluster.pods()}
             while not (progress := attempts.progress_of(self.house.store, folder)) or progress.committed == 0:
-                pass
+                time.sleep(0.01)
 
     def met(self, error: OrreryError) -> Met:
         planner = Planner("delays")
@@ -149,7 +150,7 @@ WAYS = [
     Way("delete", lambda t: t.cluster.nodes.delete(t.unit())),
     Way("oom", lambda t: t.cluster.nodes.oom(t.unit())),
     Way("node_lost", lambda t: t.cluster.nodes.power_off(deleted=False)),
-    Way("deadline", lambda t: None, timeout="2s"),
+    Way("deadline", lambda t: None, timeout="6s"),
     Way("evict", lambda t: t.cluster.nodes.drain(), mode="deaf", grace="1s"),
     Way("delete", lambda t: t.cluster.nodes.delete(t.unit()), mode="deaf", grace="1s"),
     Way("quota", lambda t: t.cluster.nodes.quota(), before=True),

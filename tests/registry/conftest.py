@@ -20,6 +20,7 @@ from planted import HOLDOUT, House, linear, rows
 from orrery.contract import Result
 from orrery.data.tables import write_parquet
 from orrery.evaluation import exported, holdout
+from orrery.registry import tracking
 from orrery.registry.client import Mlflow
 from orrery.store import Manifest
 
@@ -35,6 +36,8 @@ def mlflow_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def server(mlflow_address: str, monkeypatch: pytest.MonkeyPatch) -> Mlflow:
     """The server, named to the steps as the engine does."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_address)
+    for name in ("ANSWER_S", "LIVE_S"):  # its SQLite waits for a disk that others keep busy
+        monkeypatch.setattr(tracking, name, 60.0)
     return Mlflow(mlflow_address)
 
 

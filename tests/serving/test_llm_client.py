@@ -305,7 +305,7 @@ def test_who_stops_listening_ends_the_generation(talker: Talker) -> None:
         assert await asyncio.to_thread(until, talker.broken_off.is_set)
         talker.broken_off.clear()
         task = asyncio.create_task(_all(of.stream(ASK, max_tokens=2000, timeout=30)))
-        await asyncio.sleep(0.1)
+        assert await asyncio.to_thread(until, lambda: len(talker.heard) == 2)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

@@ -26,7 +26,7 @@ def server() -> Iterator[OpenAI]:
 
 @pytest.fixture(scope="module")
 def running(server: OpenAI) -> Iterator[House]:
-    settings = replace(QUICK, breaker_failures=3, breaker_rest=0.3, breaker_rest_most=1.0)
+    settings = replace(QUICK, breaker_failures=3, breaker_rest=1.5, breaker_rest_most=1.5)
     with serving(
         model=server.model(), spec={"answers": {"timeout": 1.0, "max_tokens": 100}}, settings=settings
     ) as house:

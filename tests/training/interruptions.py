@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ class Training:
             time.sleep(0.002)
         return True
 
-    def finish(self, timeout: float = 120, **params: Any) -> Run:
+    def finish(self, timeout: float = 300, **params: Any) -> Run:
         process = self.start(**params)
         assert process.wait(timeout) == 0, self.text()
         return self.bench._read(self.result())
@@ -136,10 +136,11 @@ def group_kill(process: subprocess.Popen[bytes], number: int) -> None:
     os.killpg(process.pid, number)
 
 
-def unfinished(folder: Path) -> bool:
-    """Tell whether a checkpoint is being written: files without a document."""
+def unfinished(folder: Path, but: Collection[str] = ()) -> bool:
+    """Tell whether a checkpoint is being written: files without a document, `but` those that a killed save left."""
     try:
         names = [p.name for p in folder.iterdir()]
     except FileNotFoundError:
         return False
-    return any(f"{n}.json" not in names for n in names if not n.endswith(".json") and not n.startswith("."))
+    new = [n for n in names if n not in but and not n.endswith(".json") and not n.startswith(".")]
+    return any(f"{n}.json" not in names for n in new)

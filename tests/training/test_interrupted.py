@@ -43,9 +43,11 @@ def test_interrupted_anywhere_the_weights_are_the_same(tmp_path: Path, table: pa
     kinds = [signal.SIGTERM, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, "inside a save", signal.SIGTERM]
     came, hits = 0, 0
     for i, kind in enumerate(kinds):
+        left = [p.name for p in broken.checkpoints.glob("*")]
         before, process = broken.steps(), broken.start(processes=ranks)
         if kind == "inside a save":
-            assert broken.when(process, lambda: unfinished(broken.checkpoints)), "it ended without a save"
+            found = broken.when(process, lambda but=left: unfinished(broken.checkpoints, but))  # type: ignore[misc]
+            assert found, "it ended without a save"
             group_kill(process, signal.SIGKILL)
         else:
             more = ranks * steps / (len(kinds) + 1) * moments.uniform(0.5, 1.3)
@@ -94,9 +96,9 @@ def test_one_dead_or_hung_rank_brings_the_other_down(tmp_path: Path, table: pa.T
         time.sleep(0.01)
     began = time.monotonic()
     os.kill(ranks[1], signal.SIGKILL if how == "killed" else signal.SIGSTOP)
-    code = process.wait(60)
+    code = process.wait(150)
     seconds = time.monotonic() - began
-    assert code == 1 and seconds < (15 if how == "killed" else 40), (code, seconds, training.text())
+    assert code == 1 and seconds < (60 if how == "killed" else 120), (code, seconds, training.text())
     result = training.result()
     assert result.error is not None and result.error.kind == "RankLost", result
     assert ("training process 1 ended with signal SIGKILL" if how == "killed" else "has hung") in result.error.message

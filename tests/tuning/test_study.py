@@ -138,7 +138,7 @@ def test_a_process_killed_with_the_lock_holds_nobody_up(tmp_path: Path) -> None:
     holder.stdout.close()
     began = time.monotonic()
     Study(where, SPACE).ask(0, None, 0)
-    assert time.monotonic() - began < 5  # with Optuna's own lock: 30 s
+    assert time.monotonic() - began < 25  # with Optuna's own lock: 30 s
 
 
 def test_a_line_that_was_half_written_is_cut_off(tmp_path: Path) -> None:

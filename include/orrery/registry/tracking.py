@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orrery.errors import Interrupted, OrreryError, TryAgain, UserError
+from orrery.lease import Lease
 from orrery.registry import client, wandb_log
 from orrery.registry.client import ADDRESS_TAG, Mlflow, Run
 from orrery.step import Work
@@ -194,11 +195,11 @@ def _search_run(server: Mlflow, work: Work, search: Search) -> Run:
     if found is not None:
         return found
     tags = lineage(work.config.project, work.config.key, {}, work.config.bundle, work.inputs("features"))
-    made = server.create_run(experiment, search.name[:250], tags | {STUDY_TAG: search.key}, int(time.time() * 1000))
-    first = oldest() or made
-    if first.id != made.id:
-        server.call("POST", "runs/delete", run_id=made.id)
-    return first
+    attempt = work.config.folder
+    # One trial at a time, by a lease: MLflow would take two runs of one search.
+    with Lease(work.store, f"{work.config.project}/tune/at-{search.key}/lease", attempt, attempt):
+        now = int(time.time() * 1000)
+        return oldest() or server.create_run(experiment, search.name[:250], tags | {STUDY_TAG: search.key}, now)
 
 
 def lineage(
