@@ -141,10 +141,10 @@ class ShardedSaver(Background):
 
     def _mine(self, tensors: dict[staging.Path, Stored], *, best: bool) -> dict[str, Stored]:
         """Return, by name, what this process writes: of the best weights too with `best`."""
-        parts = [
-            {path: t for path, t in tensors.items() if (path[0] == BEST) is of} for of in (False, True)[: 1 + best]
-        ]
-        mine = [path for part in parts for path in staging.share(part, self.place.rank, self.place.world)]
+        rank, world = self.place.rank, self.place.world
+        mine = staging.share({path: t for path, t in tensors.items() if path[0] != BEST}, rank, world)
+        if best:
+            mine += staging.share({path: t for path, t in tensors.items() if path[0] == BEST}, rank, world)
         return {staging.name(path): tensors[path] for path in mine}
 
     def _save(self, snapshot: Snapshot) -> None:
